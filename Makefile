@@ -1,0 +1,39 @@
+# One virtual environment for everything, installed once, and again when its inputs change.
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo lint format clean
+
+help:  ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+test: $(VENV)/.dev  ## install what the tests need, then run all of them
+	$(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+demo: $(VENV)/.demo  ## install what the demo needs, then run examples/long_context_lm.py
+	$(RUN) examples/long_context_lm.py
+
+lint: $(VENV)/.dev  ## check style, types and the direction of imports
+	$(RUN) -m pytest tests/test_tooling.py tests/test_architecture.py
+
+format: $(VENV)/.dev  ## rewrite the code in the one style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp of an extra: pip leaves what is already satisfied, torch above all, as it is.
+$(VENV)/.%: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) --editable '.[$*]'
+	@touch $@
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)

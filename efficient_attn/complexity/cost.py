@@ -1,0 +1,162 @@
+"""Exact counts: FLOPs, bytes moved, bytes held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..inputs import check_positive
+
+BASES = ("model", "hardware", "torch")
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs in matrix products, 2 for each multiply-accumulate. `recompute` is done again in the backward pass."""
+
+    forward: int
+    backward: int = 0
+    recompute: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.forward + self.backward + self.recompute
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute
+        )
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.forward * times, self.backward * times, self.recompute * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one call: q (batch, num_heads, q_len, head_dim), k and v of kv_len tokens.
+
+    Args:
+        num_kv_heads: heads of k and v; num_heads by default.
+        v_head_dim: head size of v; head_dim by default.
+        dtype: of q, k, v and the output.
+    Raises:
+        ValueError: if a size is negative or the heads do not group.
+    """
+
+    batch: int
+    num_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    num_kv_heads: int = field(default=None, kw_only=True)  # type: ignore[assignment]
+    v_head_dim: int = field(default=None, kw_only=True)  # type: ignore[assignment]
+    dtype: torch.dtype = field(default=torch.bfloat16, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        for name in ("batch", "q_len", "kv_len"):
+            check_positive(name, getattr(self, name), least=0)
+        for name in ("num_heads", "head_dim", "num_kv_heads", "v_head_dim"):
+            check_positive(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+
+    @property
+    def q_numel(self) -> int:
+        return self.batch * self.num_heads * self.q_len * self.head_dim
+
+    @property
+    def k_numel(self) -> int:
+        return self.batch * self.num_kv_heads * self.kv_len * self.head_dim
+
+    @property
+    def v_numel(self) -> int:
+        return self.batch * self.num_kv_heads * self.kv_len * self.v_head_dim
+
+    @property
+    def out_numel(self) -> int:
+        return self.batch * self.num_heads * self.q_len * self.v_head_dim
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of q, k and v."""
+        return (self.q_numel + self.k_numel + self.v_numel) * self.dtype.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output."""
+        return self.out_numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call costs, in exact integers.
+
+    Attributes:
+        flops: in matrix products; under the basis that was asked for.
+        bytes_read, bytes_written: the least traffic: every input read once, every output written once.
+        params: learnt numbers.
+        saved_bytes: kept from the forward pass for the backward pass, inputs included; 0 unless training.
+        peak_bytes: an upper bound on what is allocated at once: output, saved (inputs excepted), workspace.
+        state_bytes: of the decode state after `kv_len` tokens; 0 if the mechanism cannot decode.
+        terms: forward FLOPs by name; they sum to `flops.forward`.
+    """
+
+    flops: Flops
+    bytes_read: int = 0
+    bytes_written: int = 0
+    params: int = 0
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+    state_bytes: int = 0
+    terms: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_state(cls, state_bytes: int) -> Cost:
+        """Nothing but a decode state."""
+        return cls(Flops(0), state_bytes=state_bytes)
+
+    def __add__(self, other: Cost) -> Cost:
+        """One call after the other, what both keep for the backward pass held together."""
+        return Cost(
+            self.flops + other.flops,
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+            self.params + other.params,
+            self.saved_bytes + other.saved_bytes,
+            max(self.peak_bytes + other.saved_bytes, other.peak_bytes + self.saved_bytes),
+            self.state_bytes + other.state_bytes,
+            {name: self.terms.get(name, 0) + other.terms.get(name, 0) for name in {**self.terms, **other.terms}},
+        )
+
+    def __mul__(self, times: int) -> Cost:
+        """`times` such calls one after another, as a stack of layers makes them."""
+        check_positive("times", times, least=0)
+        return Cost(
+            self.flops * times,
+            self.bytes_read * times,
+            self.bytes_written * times,
+            self.params * times,
+            self.saved_bytes * times,
+            self.peak_bytes + self.saved_bytes * (times - 1) if times else 0,
+            self.state_bytes * times,
+            {name: value * times for name, value in self.terms.items()},
+        )
+
+    __rmul__ = __mul__
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")

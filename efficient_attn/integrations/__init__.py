@@ -1,0 +1,1 @@
+"""Adapters that give other libraries' attention modules our mechanisms."""

@@ -1,0 +1,31 @@
+"""Packed sequences: from cumulative lengths to segment ids."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def segment_ids_from_cu_seqlens(cu_seqlens: Int[Tensor, " documents_plus_1"], total: int) -> Int[Tensor, "1 total"]:
+    """The segment ids of one packed row, from the cumulative document lengths that varlen kernels take.
+
+    Position p belongs to document d where cu_seqlens[d] <= p < cu_seqlens[d + 1]; documents of length zero take
+    no position. Positions from cu_seqlens[-1] to `total` are padding and get -1, which attends to nothing.
+
+    Args:
+        cu_seqlens: ascending offsets, starting with 0 (not checked: that would wait for the device).
+        total: length of the packed row, in tokens.
+    Raises:
+        TypeError: if `cu_seqlens` is not an integer tensor.
+        ValueError: if `cu_seqlens` is not one-dimensional or is empty, or `total` is negative.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise TypeError(f"cu_seqlens must be an integer tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens must have shape (documents + 1,), got {tuple(cu_seqlens.shape)}")
+    if total < 0:
+        raise ValueError(f"total must be >= 0, got {total}")
+    positions = torch.arange(total, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.to(torch.int64), positions, right=True) - 1
+    return torch.where(document < cu_seqlens.numel() - 1, document, -1)[None]

@@ -1,0 +1,112 @@
+"""What the operators cost: the counts that tests compare with brute force and with what torch counts."""
+
+from __future__ import annotations
+
+from ..complexity import Cost, Flops, Shape
+from ..feature_maps import FeatureMap
+from ..inputs import accumulation_dtype
+from ..masks import Mask, plan
+from .blocked import TILE_KEYS, TILE_ROWS
+from .scan import CHUNK
+
+
+def tile_pairs(mask: Mask, q_len: int, num_keys: int, q_offset: int | None = None) -> int:
+    """Pairs that the blocked backend multiplies: those of its tiles, allowed or not."""
+    offset = num_keys - q_len if q_offset is None else q_offset
+    tiles = plan(mask, offset, offset + q_len, num_keys, TILE_ROWS, TILE_KEYS)
+    return sum(tile.num_rows * tile.num_keys for tile in tiles)
+
+
+def softmax_cost(mask: Mask, shape: Shape, training: bool, basis: str, backend: str) -> Cost:
+    """Scores and weighted values over the mask's pairs; backward two products for each of the two.
+
+    Basis "model": the pairs of the mask. "hardware": the pairs of the tiles (blocked), or all L x S pairs (the
+    others, whose kernels do not say what they skip), and the scores once more in the backward pass.
+    "torch": as "hardware", since FlopCounterMode counts recomputation in the backward pass it belongs to.
+    """
+    if basis == "model":
+        per_head = mask.pairs(shape.q_len, shape.kv_len)
+    elif backend == "blocked":
+        per_head = tile_pairs(mask, shape.q_len, shape.kv_len)
+    else:
+        per_head = shape.q_len * shape.kv_len
+    pairs = shape.batch * shape.num_heads * per_head
+    recomputes = basis != "model" and backend != "reference"
+    flops = Flops(
+        2 * pairs * (shape.head_dim + shape.v_head_dim),
+        4 * pairs * (shape.head_dim + shape.v_head_dim) if training else 0,
+        2 * pairs * shape.head_dim if training and recomputes else 0,
+    )
+    if basis == "torch":
+        flops = Flops(flops.forward, flops.backward + flops.recompute)
+    width = accumulation_dtype(shape.dtype).itemsize
+    rows = shape.batch * shape.num_heads * shape.q_len
+    log_sums = rows * width
+    saved = shape.input_bytes + shape.output_bytes + log_sums
+    dense = shape.batch * shape.num_heads * shape.q_len * shape.kv_len * width
+    workspace = 4 * dense
+    if backend != "reference":
+        tile = shape.batch * shape.num_heads * min(TILE_ROWS, shape.q_len) * min(TILE_KEYS, shape.kv_len) * width
+        workspace = 4 * tile + (shape.out_numel + (shape.q_numel + shape.k_numel + shape.v_numel) * training) * width
+    else:
+        saved += dense * 2
+    return Cost(
+        flops,
+        bytes_read=shape.input_bytes,
+        bytes_written=shape.output_bytes,
+        saved_bytes=saved if training else 0,
+        peak_bytes=shape.output_bytes + log_sums + workspace,
+        terms={"scores": 2 * pairs * shape.head_dim, "values": 2 * pairs * shape.v_head_dim},
+    )
+
+
+def scan_pairs(length: int) -> int:
+    """Pairs that the scan multiplies: whole chunks, on both sides of the diagonal."""
+    return length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2
+
+
+def linear_cost(
+    phi: FeatureMap, is_causal: bool, shape: Shape, training: bool, phase: str, basis: str, backend: str
+) -> Cost:
+    """Features, the state phi(k)^T v, and its reading by phi(q); a causal scan adds the pairs inside its chunks.
+
+    Basis "model": one state update and one reading a token, the normaliser left out. "hardware" and "torch":
+    what the backend multiplies, the normaliser's column included; the backward pass is three more scans.
+    """
+    width = accumulation_dtype(shape.dtype).itemsize
+    size, heads, kv_heads = phi.num_features(shape.head_dim), shape.num_heads, shape.num_kv_heads
+    rows, keys = shape.batch * heads * shape.q_len, shape.batch * kv_heads * shape.kv_len
+    new_keys = shape.batch * kv_heads * shape.q_len if phase == "decode" else keys
+    values = shape.v_head_dim + (basis != "model")
+    terms = {
+        "features": phi.flops(shape.head_dim) * (rows + new_keys),
+        "state": 2 * new_keys * size * values,
+        "reading": 2 * rows * size * values,
+    }
+    if basis != "model" and backend == "reference":
+        pairs = shape.batch * heads * shape.q_len * shape.kv_len
+        terms |= {"state": 0, "reading": 0, "pairs": 2 * pairs * (size + shape.v_head_dim)}
+    elif basis != "model" and is_causal and not (phase == "decode" and shape.q_len == 1):
+        pairs = shape.batch * heads * scan_pairs(shape.q_len)
+        terms["pairs"] = 2 * pairs * (size + values)
+        if shape.q_len != shape.kv_len or phase == "decode":
+            # The earlier keys' state and its reading come on top of the scan's own.
+            terms["state"] += 2 * shape.batch * kv_heads * shape.q_len * size * values
+            terms["reading"] *= 2
+    forward = sum(terms.values())
+    # Each product of two matrices has two in its backward pass; each scan has three scans.
+    scans = 3 if basis != "model" and is_causal and backend != "reference" else 2
+    inner = forward - terms["features"]
+    backward = (2 * terms["features"] + scans * inner) if training else 0
+    feature_bytes = (rows + keys) * size * width
+    sums = rows * (shape.v_head_dim + 1) * width
+    peak = feature_bytes * 2 + sums * 3 + keys * (shape.v_head_dim + 1) * width + shape.output_bytes
+    return Cost(
+        Flops(forward, backward),
+        bytes_read=shape.input_bytes,
+        bytes_written=shape.output_bytes,
+        params=phi.params(),
+        saved_bytes=feature_bytes + sums if training else 0,
+        peak_bytes=peak,
+        terms=terms,
+    )

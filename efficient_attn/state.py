@@ -1,0 +1,114 @@
+"""What decoding carries from token to token. States go in and out of `step`; nothing is hidden in a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+S = TypeVar("S", bound="State")
+
+
+@dataclass
+class State:
+    """Tensors whose first dimension is the batch. `step` consumes the state that it is given."""
+
+    growing: ClassVar[tuple[str, ...]] = ()
+    """The fields whose third dimension is the sequence."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, of every tensor."""
+        return sum(t.nbytes for t in self._tensors().values())
+
+    def clone(self: S) -> S:
+        """A copy that a later `step` on this state cannot touch."""
+        return replace(self, **{name: t.clone() for name, t in self._tensors().items()})
+
+    def reorder(self: S, indices: Int[Tensor, " new_batch"]) -> S:
+        """The state of rows `indices`, in that order, repeats allowed: what beam search needs."""
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices must be an integer tensor, got {getattr(indices, 'dtype', type(indices))}")
+        if indices.dim() != 1:
+            raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
+        return replace(self, **{name: t.index_select(0, indices) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass
+class KVState(State):
+    """Every key and value so far: grows with the sequence. `key_mask` is None while no token was masked."""
+
+    growing: ClassVar[tuple[str, ...]] = ("k", "v")
+
+    k: Float[Tensor, "batch kv_heads length head_dim"]
+    v: Float[Tensor, "batch kv_heads length v_head_dim"]
+    key_mask: Bool[Tensor, "batch length"] | None = None
+
+    def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> KVState:
+        """This state and the new tokens after it."""
+        joint = None
+        if self.key_mask is not None or key_mask is not None:
+            past, new = (
+                x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
+                for x, mask in ((self.k, self.key_mask), (k, key_mask))
+            )
+            joint = torch.cat([past, new], 1)
+        return KVState(torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), joint)
+
+
+@dataclass
+class WindowState(State):
+    """The last `window - 1` tokens and each row's first `sinks` valid ones: the same size at any length.
+
+    Slot t of the window holds position `seen - (window - 1) + t`; sink t holds position `anchor + t`, where the
+    anchor is the row's first valid position, -1 before there is one.
+    """
+
+    k: Float[Tensor, "batch kv_heads slots head_dim"]
+    v: Float[Tensor, "batch kv_heads slots v_head_dim"]
+    valid: Bool[Tensor, "batch slots"]
+    sink_k: Float[Tensor, "batch kv_heads sinks head_dim"]
+    sink_v: Float[Tensor, "batch kv_heads sinks v_head_dim"]
+    sink_valid: Bool[Tensor, "batch sinks"]
+    anchor: Int[Tensor, " batch"]
+    seen: int = 0
+
+    def find_anchor(self, valid: Tensor) -> Tensor:
+        """The anchor once the new tokens, `valid` (B, n), have come: position of the first valid token or -1."""
+        first = valid.to(torch.int64).argmax(1) + self.seen
+        return torch.where(self.anchor >= 0, self.anchor, torch.where(valid.any(1), first, -1))
+
+    def fill_sinks(self, k: Tensor, v: Tensor, valid: Tensor) -> None:
+        """Put those of the new tokens that stand at a sink's position into its slot."""
+        self.anchor = self.find_anchor(valid)
+        position = self.anchor[:, None] + torch.arange(self.sink_valid.shape[1], device=k.device)
+        new = (position >= self.seen) & (position < self.seen + k.shape[2]) & (self.anchor >= 0)[:, None]
+        index = (position - self.seen).clamp(0, k.shape[2] - 1)
+        for name, source in (("sink_k", k), ("sink_v", v)):
+            taken = source.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, source.shape[3]))
+            setattr(self, name, torch.where(new[:, None, :, None], taken, getattr(self, name)))
+        self.sink_valid = torch.where(new, valid.gather(1, index), self.sink_valid)
+
+    def push(self, k: Tensor, v: Tensor, valid: Tensor) -> None:
+        """Move the window past the new tokens."""
+        slots = self.k.shape[2]
+        self.seen += k.shape[2]
+        if slots:
+            self.k = torch.cat([self.k, k], 2)[:, :, -slots:].contiguous()
+            self.v = torch.cat([self.v, v], 2)[:, :, -slots:].contiguous()
+            self.valid = torch.cat([self.valid, valid], 1)[:, -slots:].contiguous()
+
+
+@dataclass
+class LinearState(State):
+    """sum_j phi(k_j) [v_j, 1]^T 2^-exponent: the same size at any length, in the accumulation dtype."""
+
+    kv: Float[Tensor, "batch kv_heads features v_head_dim_plus_1"]
+    exponent: Float[Tensor, "batch kv_heads"] | None = None

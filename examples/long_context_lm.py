@@ -1,0 +1,256 @@
+"""Trains the same small language model on real text with different attention, and compares what they cost.
+
+    python examples/long_context_lm.py                       # about 5 minutes on two cores, no download
+    python examples/long_context_lm.py --data book.txt --mechanisms full,longformer
+    python examples/long_context_lm.py --quick               # about 20 seconds: does everything work?
+
+Writes checkpoints, results.json and results.png to --out. Stop it with Ctrl-C; the same command continues, and
+ends with the same weights: every batch is a function of (seed, step). Results repeat for the same --threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm import DemoError
+from lm.audit import audit_leak, decode_difference, looking_ahead, sample
+from lm.data import Corpus, bigram_bits, load_corpus
+from lm.measure import layer_scaling, saved_bytes, state_bytes, training_step_peak
+from lm.model import PRESETS, Settings, mechanism_options, select_mechanisms
+from lm.report import as_json, crossover, plot, print_report, write_json
+from lm.train import Checkpoints, Interrupted, Run, StopRequest, bits_per_character, evaluate, start, train
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        torch.set_num_threads(options.threads)
+        settings = _settings(options)
+        names, refused = select_mechanisms(options.mechanisms, settings)
+        corpus = load_corpus(options.data, settings.context)
+        prompt = _prompt(options.prompt, corpus, settings)
+        for name, reason in refused.items():
+            console.print(f"left out: {name} ({reason})", markup=False)
+        results = _work(names, settings, corpus, prompt, options.out, console)
+        results = as_json(results | {"environment": _environment(options.threads)})
+        write_json(results, options.out / "results.json")
+        print_report(results, console)
+        plot(results, options.out / "results.png")
+        console.print(
+            f"\nwrote {options.out / 'results.json'} and {options.out / 'results.png'}", markup=False
+        )
+        return 0 if all(row["audit"]["exact"] for row in results["mechanisms"].values()) else 1
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(f"{stopped}; saved in {options.out}: run the same command again to continue", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print(f"stopped; what was saved in {options.out} continues with the same command", file=sys.stderr)
+        return 130
+
+
+def _work(
+    names: list[str], settings: Settings, corpus: Corpus, prompt: Tensor, out: Path, console: Console
+) -> dict[str, Any]:
+    windows = corpus.validation_windows(settings.windows, settings.context)
+    runs = _train_all(names, settings, corpus, out, console)
+    rows = _measure_all(runs, settings, windows, prompt, console)
+    control = audit_leak(
+        looking_ahead(runs[0].model, settings), windows[:1], settings.audit_positions, settings.seed
+    )
+    return {
+        "settings": asdict(settings),
+        "data": {
+            "source": corpus.source,
+            "sha256": corpus.sha256,
+            "train_bytes": len(corpus.train),
+            "validation_bytes": len(corpus.validation),
+            "evaluated_bytes": windows[:, 1:].numel(),
+            "held_out_lines_also_in_training": corpus.repeated_lines(),
+        },
+        "bigram_bits_per_character": bits_per_character(bigram_bits(corpus, windows), windows),
+        "audit_control": asdict(control),
+        "mechanisms": rows,
+    }
+
+
+def _train_all(
+    names: list[str], settings: Settings, corpus: Corpus, out: Path, console: Console
+) -> list[Run]:
+    runs: list[Run] = []
+    columns = (
+        TextColumn("{task.description:>28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with StopRequest() as stop, Progress(*columns, console=console) as progress:
+        checkpoints = Checkpoints(
+            out, settings, corpus, lambda line: progress.console.print(line, markup=False)
+        )
+        for name in names:
+            run = start(name, settings)
+            checkpoints.restore(run)
+            if run.step:
+                progress.console.print(
+                    f"{name}: continues at step {run.step} of {settings.steps}", markup=False
+                )
+            task = progress.add_task(f"train {name}", total=settings.steps, completed=run.step, note="")
+
+            def advance(step: int, loss: float, task: Any = task) -> None:
+                progress.update(task, completed=step, note=f"loss {loss:.3f}")
+
+            train(run, settings, corpus, checkpoints, stop, advance)
+            runs.append(run)
+    return runs
+
+
+def _measure_all(
+    runs: list[Run], settings: Settings, windows: Tensor, prompt: Tensor, console: Console
+) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    bits: dict[str, Tensor] = {}
+    columns = (TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console) as progress:
+        for run in runs:
+            task = progress.add_task(f"measure {run.name}", total=2 + len(settings.scaling_lengths))
+            bits[run.name] = evaluate(run.model, windows, settings.batch_size)
+            rows[run.name] = _quality(run, settings, windows, bits[run.name], prompt)
+            progress.advance(task)
+            rows[run.name] |= {
+                "train_step_peak_bytes": training_step_peak(run.name, settings),
+                "saved_bytes": saved_bytes(run.name, settings),
+                "state_bytes": state_bytes(run.name, settings),
+            }
+            progress.advance(task)
+            rows[run.name]["scaling"] = layer_scaling(
+                run.name, settings, lambda task=task: progress.advance(task)
+            )
+    _compare_with_full(rows, bits, windows)
+    return rows
+
+
+def _quality(run: Run, settings: Settings, windows: Tensor, bits: Tensor, prompt: Tensor) -> dict[str, Any]:
+    audit = audit_leak(run.model, windows[: settings.audit_windows], settings.audit_positions, settings.seed)
+    tokens = settings.batch_size * settings.context * run.step
+    return {
+        "options": mechanism_options(run.name, settings.context),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "initial_weights_sha256": run.initial_sha256,
+        "steps": run.step,
+        "history": run.history,
+        "bits_per_character": bits_per_character(bits, windows),
+        "bits_per_character_last_quarter": bits_per_character(bits[:, -(settings.context // 4) :], windows),
+        "train_seconds": run.seconds,
+        "train_tokens_per_second": tokens / run.seconds,
+        "audit": {**asdict(audit), "exact": audit.exact},
+        "decode_difference": decode_difference(run.model, windows[0, :-1]),
+        "sample": asdict(sample(run.model, prompt, settings.sample_bytes, settings.seed)),
+    }
+
+
+def _compare_with_full(rows: dict[str, dict[str, Any]], bits: dict[str, Tensor], windows: Tensor) -> None:
+    """Adds the difference to full attention on the same bytes, with its standard error over the windows."""
+    for name, row in rows.items():
+        row |= {"delta_to_full": None, "delta_standard_error": None, "crossover_length": None}
+        if "full" not in rows:
+            continue
+        row["delta_to_full"] = row["bits_per_character"] - rows["full"]["bits_per_character"]
+        per_window = (bits[name] - bits["full"]).mean(1)
+        row["delta_standard_error"] = (
+            float(per_window.std() / len(per_window) ** 0.5) if len(per_window) > 1 else None
+        )
+        if name != "full":
+            row["crossover_length"] = crossover(rows["full"]["scaling"], row["scaling"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--mechanisms", default="full,sliding_window,linear,performer", help="names with commas, or all")
+    add("--data", type=Path, help="a UTF-8 text file (default: CPython's language documentation)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("lm_out"),
+        help="directory of checkpoints and results (default: lm_out)",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_const", dest="preset", const="quick", help="a smoke run, 20 seconds"
+    )
+    size.add_argument(
+        "--long", action="store_const", dest="preset", const="long", help="a real run, many hours"
+    )
+    add("--context", type=_positive, help="trained sequence length, in bytes")
+    add("--steps", type=_positive, help="training steps of each mechanism")
+    add("--learning-rate", type=float)
+    add("--seed", type=int, default=0)
+    add(
+        "--threads",
+        type=_positive,
+        default=min(2, os.cpu_count() or 1),
+        help="CPU threads (default: at most 2)",
+    )
+    add("--prompt", help="what the trained models continue (default: the start of the held-out text)")
+    parser.set_defaults(preset="default")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given = {name: getattr(options, name) for name in ("context", "steps", "learning_rate", "seed")}
+    settings = replace(
+        PRESETS[options.preset], **{name: value for name, value in given.items() if value is not None}
+    )
+    if settings.context < 32:
+        raise DemoError(f"--context {settings.context}: at least 32")
+    if not 0 < settings.learning_rate < 1:
+        raise DemoError(f"--learning-rate {settings.learning_rate}: between 0 and 1")
+    return settings
+
+
+def _prompt(text: str | None, corpus: Corpus, settings: Settings) -> Tensor:
+    length = min(64, settings.context // 2)
+    if text is None:
+        return corpus.validation[:length].long()
+    if not text:
+        raise DemoError("--prompt: must not be empty")
+    return torch.tensor(list(text.encode("utf-8"))[-length:])
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "peak_bytes_are": "CPU allocator records of torch.profiler",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
