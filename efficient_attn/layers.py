@@ -208,7 +208,10 @@ class Attention(nn.Module):
         backend: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> Cost:
-        """What one call costs: the mechanism and the four projections.
+        """What one call costs: the mechanism and the four projections, without masks.
+
+        Saved and peak bytes count the merged heads as a copy, which they are not where a backend's output
+        already has them side by side.
 
         Args:
             batch: rows.

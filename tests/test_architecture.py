@@ -86,7 +86,7 @@ def test_nothing_is_decided_by_the_environment() -> None:
 
 def test_no_law_names_a_mechanism() -> None:
     classes = "|".join(cls.__name__ for cls in efficient_attn.MECHANISMS.values())
-    laws = sources("tests/laws", "efficient_attn/testing/laws")
+    laws = sources("tests/laws")
     assert laws
     found = [
         f"{path.relative_to(ROOT)}:{number}"

@@ -210,13 +210,15 @@ class MultiheadAttention(nn.Module):
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, *, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if packed and self.in_proj_weight is not None:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        if self.in_proj_weight is not None:
+        if self.in_proj_weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif packed:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            return q, k, v
+        else:
             weights = self.in_proj_weight.chunk(3)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = map(F.linear, (query, key, value), weights, biases)
+        q, k, v = map(F.linear, (query, key, value), weights, biases)  # type: ignore[arg-type]
         return q, k, v
 
     def _append(
@@ -341,7 +343,7 @@ def _check_zero(key_bias: Tensor, mechanism: Mechanism) -> None:
     zero = (key_bias == 0).all()
     # Reading the answer on the host would make an accelerator wait, and is impossible while compiling.
     if torch.compiler.is_compiling() or key_bias.device.type != "cpu":
-        torch._assert_async(zero, message)
+        torch._assert_async(zero, message)  # type: ignore[reportPrivateImportUsage]
     elif not zero:
         raise ValueError(message)
 

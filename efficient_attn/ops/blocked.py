@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..inputs import accumulation_dtype
+from ..inputs import accumulation_dtype, full_precision
 from ..masks import Mask, Tile, plan
 from .problem import SoftmaxProblem, anchors, segments_of_queries
 
@@ -157,7 +157,7 @@ def forward(
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=dtype)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
     generator = _generator(seed, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         for group in _row_groups(structure, k_segment, k.shape[2]):
             walk = _Walk(group, structure, q, k, q_segment, k_segment, int(q_offset))
             values = group.keys(v, 2)
@@ -215,7 +215,7 @@ def backward(
     grad = grad.to(dtype)
     delta = (grad * out.to(dtype)).sum(-1)
     generator = _generator(seed, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         for group in _row_groups(structure, k_segment, k.shape[2]):
             walk = _Walk(group, structure, q, k, q_segment, k_segment, int(q_offset))
             values = group.keys(v, 2)

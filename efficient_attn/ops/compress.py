@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..complexity import Cost, Flops, Shape
-from ..inputs import accumulation_dtype
+from ..inputs import accumulation_dtype, full_precision
 from .dense import grouped_matmul, safe_softmax
 from .problem import Problem, anchors
 from .softmax import attend_where
@@ -47,7 +47,7 @@ def compressed_matrix(p: CompressedProblem) -> Tensor:
     """softmax(scale q (E^T k)^T) F^T (B, H, L, S), zero at masked keys."""
     dtype = accumulation_dtype(p.q.dtype)
     start = None if p.key_mask is None else anchors(p.key_mask)[0]
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         k = compress(p.k.to(dtype), p.key_projection.to(dtype), start)
         weights = safe_softmax(grouped_matmul(p.q.to(dtype), k.mT) * p.scale)
         return grouped_matmul(weights, _columns(p, start, dtype))

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..inputs import accumulation_dtype
+from ..inputs import accumulation_dtype, full_precision
 from .problem import SoftmaxProblem, allowed_pairs
 
 
@@ -30,7 +30,7 @@ def grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
 def softmax_matrix(p: SoftmaxProblem) -> Tensor:
     """The attention weights (B, H, L, S), in the accumulation dtype."""
     dtype = accumulation_dtype(p.q.dtype)
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         scores = grouped_matmul(p.q.to(dtype), p.k.to(dtype).mT) * p.scale
         allowed = allowed_pairs(p)
         if p.attn_bias is not None and p.attn_bias.dtype == torch.bool:
@@ -43,5 +43,5 @@ def softmax_matrix(p: SoftmaxProblem) -> Tensor:
 def reference(p: SoftmaxProblem) -> Tensor:
     """`softmax_matrix @ v`: O(L S) time and memory."""
     weights = torch.nn.functional.dropout(softmax_matrix(p), p.dropout_p)
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         return grouped_matmul(weights, p.v.to(weights.dtype)).to(p.q.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..feature_maps import FeatureMap
-from ..inputs import accumulation_dtype
+from ..inputs import accumulation_dtype, full_precision
 from .problem import LinearProblem, allowed_pairs, segments_of_queries
 from .scan import scan
 
@@ -53,7 +53,7 @@ def normalise(sums: Tensor) -> Tensor:
 
 def chunked(p: LinearProblem) -> Tensor:
     """Linear attention in time and memory O(L + S)."""
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         q, _ = features(p.feature_map, p.q, _query_scale(p), None)
         k, exponent = features(p.feature_map, p.k, 1.0, _valid(p))
         v = _with_ones(p.v)
@@ -189,7 +189,7 @@ def _running_maximum(x: Tensor, segment: Tensor) -> Tensor:
 
 def linear_matrix(p: LinearProblem) -> Tensor:
     """The attention weights (B, H, L, S): features multiplied out, masked, divided by their sum."""
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         q, _ = features(p.feature_map, p.q, _query_scale(p), None)
         k, exponent = features(p.feature_map, p.k, 1.0, _valid(p))
         group = q.shape[1] // k.shape[1]
@@ -207,13 +207,13 @@ def reference(p: LinearProblem) -> Tensor:
     """`linear_matrix @ v`: O(L S) time and memory."""
     weights = linear_matrix(p)
     v = p.v.to(weights.dtype).repeat_interleave(p.q.shape[1] // p.v.shape[1], 1)
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         return (weights @ v).to(p.q.dtype)
 
 
 def linear_step(p: LinearProblem, kv: Tensor, peak: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """New tokens after the state (kv, peak): their outputs, and the state after them."""
-    with torch.autocast(p.q.device.type, enabled=False):
+    with full_precision(p.q.device):
         q, _ = features(p.feature_map, p.q, _query_scale(p), None)
         k, exponent = features(p.feature_map, p.k, 1.0, p.key_mask)
         v = _with_ones(p.v)

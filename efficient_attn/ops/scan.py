@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inputs import full_precision
+
 CHUNK = 64
 
 
@@ -30,7 +32,7 @@ def forward(
     state_exponent: Tensor | None = None
     state_segment: Tensor | None = None
     starts = range(0, length, CHUNK)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         for start in reversed(starts) if reverse else starts:
             chunk = slice(start, min(start + CHUNK, length))
             size = chunk.stop - chunk.start

@@ -40,6 +40,13 @@ def _needs_dense_mask(p: SoftmaxProblem) -> bool:
     return not is_plain(p) or (isinstance(p.mask, Causal) and p.key_mask is not None)
 
 
+def _grouped(q: Tensor, k: Tensor) -> bool:
+    # A branch, because while compiling the comparison itself is symbolic, and SDPA wants a bool.
+    if q.shape[1] != k.shape[1]:
+        return True
+    return False  # noqa: SIM103
+
+
 def sdpa(p: SoftmaxProblem) -> Tensor:
     """torch's scaled_dot_product_attention, whichever of its kernels it picks."""
     if p.k.shape[2] == 0 or p.q.numel() == 0:
@@ -61,7 +68,7 @@ def sdpa(p: SoftmaxProblem) -> Tensor:
         dropout_p=p.dropout_p,
         is_causal=isinstance(p.mask, Causal) and attn_mask is None and not _last_query_alone(p),
         scale=p.scale,
-        enable_gqa=p.q.shape[1] != p.k.shape[1],
+        enable_gqa=_grouped(p.q, p.k),
     )
 
 
@@ -70,7 +77,7 @@ def attend_where(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale:
     if k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=_grouped(q, k)
     )
 
 
@@ -114,7 +121,7 @@ def _refuse_sdpa(name: str, devices: tuple[str, ...], dtypes: tuple[torch.dtype,
 def _torch_reasons(name: str, p: SoftmaxProblem) -> list[str]:
     """What torch itself says against a CUDA kernel, collected from its debug warnings."""
     cuda = torch.backends.cuda
-    gqa = p.q.shape[1] != p.k.shape[1]
+    gqa = _grouped(p.q, p.k)
     mask = None if p.key_mask is None else p.key_mask[:, None, None, :].expand(-1, 1, p.q.shape[2], -1)
     is_causal = isinstance(p.mask, Causal) and not _last_query_alone(p)
     params = cuda.SDPAParams(p.q, p.k, p.v, mask, p.dropout_p, is_causal, gqa)
