@@ -23,11 +23,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def check_positive(name: str, value: Any, least: int = 1) -> int:
     """`value` as an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
-    return value
+    return value  # type: ignore[return-value]
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -57,6 +57,18 @@ def check_scale(value: Any) -> float | None:
     return float(value)
 
 
+def check_float_dtype(value: Any) -> torch.dtype:
+    """`value`, if it is a floating-point dtype."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {value!r}")
+    return value
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds integers; bool does not."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, H, L, E), k (B, Hkv, S, E), v (B, Hkv, S, Ev), of one floating dtype and one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -66,12 +78,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}")
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
     if k.shape[1:3] != v.shape[1:3]:
         raise ValueError(
             f"k and v must agree in heads and length, got {tuple(k.shape[1:3])} and {tuple(v.shape[1:3])}"
@@ -80,8 +92,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
     if q.shape[3] == 0:
         raise ValueError("q must have a head_dim of at least 1, got 0")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k")
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        raise ValueError(f"q and k must have at least 1 head, got {q.shape[1]} and {k.shape[1]}")
+    if q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[1]} and {k.shape[1]}")
 
 
 def check_key_mask(key_mask: Any, batch: int, num_keys: int, device: torch.device) -> None:
@@ -100,7 +114,7 @@ def check_segment_ids(segment_ids: Any, batch: int, num_keys: int, device: torch
     """segment_ids (B, S), integers; negative = padding."""
     if not isinstance(segment_ids, Tensor):
         raise TypeError(f"segment_ids must be a Tensor or None, got {type(segment_ids).__name__}")
-    if segment_ids.dtype.is_floating_point or segment_ids.dtype in (torch.bool, torch.complex64):
+    if not is_integer(segment_ids.dtype):
         raise TypeError(f"segment_ids must be an integer tensor, got {segment_ids.dtype}")
     _check_row_tensor("segment_ids", segment_ids, batch, num_keys, device)
 
@@ -125,7 +139,9 @@ def check_attn_bias(attn_bias: Any, shape: tuple[int, ...], device: torch.device
         raise ValueError(f"attn_bias must be on the device of q, {device}, got {attn_bias.device}")
 
 
-def resolve_offset(q_offset: Any, q_len: int, num_keys: int, is_causal: bool) -> int | Tensor:
+def resolve_offset(
+    q_offset: Any, q_len: int, num_keys: int, is_causal: bool, device: torch.device
+) -> int | Tensor:
     """The position of the first query: `q_offset`, by default such that the queries are the last positions."""
     if q_offset is None:
         if is_causal and q_len > num_keys:
@@ -136,9 +152,11 @@ def resolve_offset(q_offset: Any, q_len: int, num_keys: int, is_causal: bool) ->
         return num_keys - q_len
     if isinstance(q_offset, Tensor):
         if q_offset.dim() != 0:
-            raise ValueError(f"q_offset must be an int or a 0-d tensor, got shape {tuple(q_offset.shape)}")
-        if q_offset.dtype.is_floating_point or q_offset.dtype == torch.bool:
-            raise TypeError(f"q_offset must be an integer, got {q_offset.dtype}")
+            raise ValueError(f"q_offset must be an int or a 0-d integer tensor, got shape {tuple(q_offset.shape)}")
+        if not is_integer(q_offset.dtype):
+            raise TypeError(f"q_offset must be an int or a 0-d integer tensor, got {q_offset.dtype}")
+        if q_offset.device not in (device, torch.device("cpu")):
+            raise ValueError(f"q_offset must be on the CPU or the device of q, {device}, got {q_offset.device}")
         return q_offset
     if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset must be an int, a 0-d integer tensor or None, got {type(q_offset).__name__}")

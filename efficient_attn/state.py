@@ -18,6 +18,8 @@ class State:
 
     growing: ClassVar[tuple[str, ...]] = ()
     """The fields whose third dimension is the sequence."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """The fields that are None until there is something to hold."""
 
     @property
     def nbytes(self) -> int:
@@ -30,11 +32,17 @@ class State:
 
     def reorder(self: S, indices: Int[Tensor, " new_batch"]) -> S:
         """The state of rows `indices`, in that order, repeats allowed: what beam search needs."""
-        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"indices must be an integer tensor, got {getattr(indices, 'dtype', type(indices))}")
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"indices must be an int32 or int64 tensor, got {type(indices).__name__}")
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices must be an int32 or int64 tensor, got {indices.dtype}")
         if indices.dim() != 1:
             raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
-        return replace(self, **{name: t.index_select(0, indices) for name, t in self._tensors().items()})
+        tensors = self._tensors()
+        if any(t.device != indices.device for t in tensors.values()):
+            devices = {t.device for t in tensors.values()}
+            raise ValueError(f"indices must be on the device of the state, {devices.pop()}, got {indices.device}")
+        return replace(self, **{name: t.index_select(0, indices) for name, t in tensors.items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -46,6 +54,7 @@ class KVState(State):
     """Every key and value so far: grows with the sequence. `key_mask` is None while no token was masked."""
 
     growing: ClassVar[tuple[str, ...]] = ("k", "v")
+    optional: ClassVar[tuple[str, ...]] = ("key_mask",)
 
     k: Float[Tensor, "batch kv_heads length head_dim"]
     v: Float[Tensor, "batch kv_heads length v_head_dim"]

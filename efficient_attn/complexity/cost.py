@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..inputs import check_positive
+from ..inputs import check_float_dtype, check_positive
 
 BASES = ("model", "hardware", "torch")
 PHASES = ("prefill", "decode")
@@ -68,8 +68,7 @@ class Shape:
             check_positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+        check_float_dtype(self.dtype)
 
     @property
     def q_numel(self) -> int:
@@ -128,6 +127,8 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         """One call after the other, what both keep for the backward pass held together."""
+        if not isinstance(other, Cost):
+            return NotImplemented
         return Cost(
             self.flops + other.flops,
             self.bytes_read + other.bytes_read,

@@ -21,7 +21,7 @@ class MultiheadAttention(nn.Module):
     With `mechanism=None`, which is full attention, it equals PyTorch's module but for three things:
 
     - a query with nothing to attend to gives the output bias, where PyTorch gives NaN;
-    - padded keys and values are never read, so NaN in them does not spread;
+    - NaN and Inf in padded keys and values do not spread, nor in padded queries of self-attention;
     - the weights returned in training are those before dropout.
 
     Inside `nn.TransformerEncoder` it is always called: PyTorch's inference fast path, which computes full
@@ -169,8 +169,7 @@ class MultiheadAttention(nn.Module):
             ValueError: if shapes disagree, or the mechanism cannot honour a mask or `need_weights`.
             TypeError: if a mask is neither bool nor floating point.
         """
-        self_attention = query is key
-        packed = self_attention and key is value
+        query_is_key, key_is_value = query is key, key is value
         batched = self._check_inputs(query, key, value)
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
         if key_padding_mask is not None and not batched:
@@ -182,11 +181,11 @@ class MultiheadAttention(nn.Module):
             attn_mask = None
         key_mask, attn_bias = self._lower_masks(key_padding_mask, attn_mask)
         if key_mask is not None:
-            query = _contain_padding(query, key_mask) if self_attention else query
-            key, value = _zero_padding(key, key_mask), _zero_padding(value, key_mask)
-            packed = False
+            key = _contain_padding(key, key_mask)
+            value = key if key_is_value else _contain_padding(value, key_mask)
+            query = key if query_is_key else query
 
-        q, k, v = self._project(query, key, value, packed=packed)
+        q, k, v = self._project(query, key, value, packed=query_is_key and key_is_value)
         k, v, key_mask, attn_bias = self._append(k, v, key_mask, attn_bias)
         q, k, v = (rearrange(x, "b s (h e) -> b h s e", h=self.num_heads) for x in (q, k, v))
         heads = self.mechanism(q, k, v, key_mask=key_mask, attn_bias=attn_bias)
@@ -348,17 +347,14 @@ def _check_zero(key_bias: Tensor, mechanism: Mechanism) -> None:
         raise ValueError(message)
 
 
-def _zero_padding(tokens: Tensor, key_mask: Tensor) -> Tensor:
-    return torch.where(key_mask[..., None], tokens, 0)
+def _contain_padding(tokens: Tensor, key_mask: Tensor) -> Tensor:
+    """`tokens` with NaN and Inf removed from padding: a weight's gradient multiplies them by 0, which is NaN.
 
-
-def _contain_padding(query: Tensor, key_mask: Tensor) -> Tensor:
-    """`query` with NaN and Inf removed from padded tokens: even unused, their gradient is NaN.
-
-    Finite padding stays, because PyTorch computes outputs at padded queries too.
+    Finite padding stays: the mechanism does not read it, and in self-attention it is a query as well, whose
+    output PyTorch computes.
     """
-    finite = torch.nan_to_num(query, nan=0.0, posinf=0.0, neginf=0.0)
-    return torch.where(key_mask[..., None], query, finite)
+    finite = torch.nan_to_num(tokens, nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.where(key_mask[..., None], tokens, finite)
 
 
 def _add_bias(attn_bias: Tensor | None, key_bias: Tensor) -> Tensor:

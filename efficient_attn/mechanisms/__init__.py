@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ..inputs import check_positive
 from .base import Mechanism
 from .bigbird import BigBirdAttention
 from .families import LinearMechanism, SoftmaxMechanism
@@ -53,13 +54,23 @@ def create_mechanism(
         num_heads, head_dim, num_kv_heads, max_seq_len, is_causal: passed on where the constructor names them.
         options: further arguments of the constructor.
     Raises:
-        ValueError: if the name is unknown (the message suggests one), or an argument is missing.
-        TypeError: if the constructor has no such option.
+        ValueError: if the name is unknown (the message suggests one), a size is out of range, or an argument is
+            missing.
+        TypeError: if the name is no string, or the constructor has no such option.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, one of {list(MECHANISMS)}, got {name!r}")
     if name not in MECHANISMS:
-        close = difflib.get_close_matches(str(name), MECHANISMS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, MECHANISMS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown mechanism {name!r}{hint} Known ones are {', '.join(MECHANISMS)}")
+        raise ValueError(f"name must be one of {list(MECHANISMS)}, got {name!r}{hint}")
+    for size_name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+        check_positive(size_name, size)
+    for size_name, size in (("num_kv_heads", num_kv_heads), ("max_seq_len", max_seq_len)):
+        if size is not None:
+            check_positive(size_name, size)
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
     cls = MECHANISMS[name]
     parameters = inspect.signature(cls).parameters
     unknown = [option for option in options if option not in parameters]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +51,10 @@ class Mechanism(nn.Module, ABC):
     """Whether each row of `matrix` sums to 1, or to 0 where nothing may be attended to."""
     anchored: bool = False
     """Whether the pattern counts from each row's first valid key."""
+    max_seq_len: int | None = None
+    """The most keys that it takes, if there is a limit."""
+    num_kv_heads: int | None = None
+    """The number of key-value heads that it was built for, if it was."""
 
     def __init__(self, *, is_causal: bool, scale: float | None, backend: str) -> None:
         super().__init__()
@@ -120,7 +125,7 @@ class Mechanism(nn.Module, ABC):
         inputs.check_positive("num_kv_heads", num_kv_heads)
         inputs.check_positive("head_dim", head_dim)
         v_head_dim = head_dim if v_head_dim is None else inputs.check_positive("v_head_dim", v_head_dim)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
+        dtype = torch.get_default_dtype() if dtype is None else inputs.check_float_dtype(dtype)
         return self._init_state(batch_size, num_kv_heads, head_dim, v_head_dim, dtype, device)
 
     def step(
@@ -138,7 +143,7 @@ class Mechanism(nn.Module, ABC):
         self._check_can_step()
         inputs.check_qkv(q, k, v)
         if q.shape[2] != k.shape[2]:
-            raise ValueError(f"step takes as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+            raise ValueError(f"q, k and v must have one length in step, got {q.shape[2]} queries, {k.shape[2]} keys")
         if key_mask is not None:
             inputs.check_key_mask(key_mask, k.shape[0], k.shape[2], k.device)
             k, v = zero_where_masked(key_mask, k, v)
@@ -249,7 +254,7 @@ class Mechanism(nn.Module, ABC):
             "q": q,
             "k": k,
             "v": v,
-            "q_offset": inputs.resolve_offset(q_offset, q.shape[2], num_keys, self.is_causal),
+            "q_offset": inputs.resolve_offset(q_offset, q.shape[2], num_keys, self.is_causal, q.device),
             "scale": q.shape[3] ** -0.5 if self.scale is None else self.scale,
             "is_causal": self.is_causal,
             "key_mask": key_mask,
@@ -268,16 +273,20 @@ class Mechanism(nn.Module, ABC):
         expected = self._init_state(0, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
         if type(state) is not type(expected):
             raise TypeError(f"state must be a {type(expected).__name__}, got {type(state).__name__}")
-        for name, want in expected._tensors().items():
-            have = getattr(state, name)
-            # The batch may be any size that k has too; a cache's length is its own affair.
-            free = {0, 2} if name in state.growing else {0}
-            sizes = zip(have.shape, want.shape, strict=True)
-            fits = all(a == b for dim, (a, b) in enumerate(sizes) if dim not in free) and len(have) == len(k)
-            if not fits or have.dtype != want.dtype or have.device != k.device:
+        for name in (field.name for field in fields(expected) if field.name not in state.optional):
+            want, have = getattr(expected, name), getattr(state, name)
+            if (want is None) != (have is None):
+                kinds = f"{type(want).__name__}, got {type(have).__name__}"
+                raise ValueError(f"state.{name} must be {kinds}: it is the state of another mechanism")
+            if not isinstance(want, Tensor):
+                continue
+            shape = [len(k), *want.shape[1:]]
+            if name in state.growing:
+                shape[2] = have.shape[2]
+            if list(have.shape) != shape or have.dtype != want.dtype or have.device != k.device:
                 raise ValueError(
-                    f"state does not fit the new tokens: its {name} is {tuple(have.shape)}, {have.dtype}, "
-                    f"{have.device} and k is {tuple(k.shape)}, {k.dtype}, {k.device}"
+                    f"state.{name} must be {tuple(shape)}, {want.dtype} on {k.device} for these tokens, "
+                    f"got {tuple(have.shape)}, {have.dtype} on {have.device}"
                 )
 
     def _init_state(

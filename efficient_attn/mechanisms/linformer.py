@@ -73,14 +73,15 @@ class LinformerAttention(Mechanism):
         self.max_seq_len = inputs.check_positive("max_seq_len", max_seq_len)
         self.num_heads = inputs.check_positive("num_heads", num_heads)
         self.rank = inputs.check_positive("rank", rank)
-        self.num_kv_heads = num_heads if num_kv_heads is None else inputs.check_positive("num_kv_heads", num_kv_heads)
-        if num_heads % self.num_kv_heads:
+        kv_heads = num_heads if num_kv_heads is None else inputs.check_positive("num_kv_heads", num_kv_heads)
+        if num_heads % kv_heads:
             raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
         if sharing not in SHARING:
             raise ValueError(f"sharing must be one of {list(SHARING)}, got {sharing!r}")
         self.sharing = sharing
+        self.num_kv_heads = kv_heads if sharing == "none" else None
         self.dropout_p = inputs.check_probability("dropout_p", dropout_p)
-        shape = (max_seq_len, rank) if sharing != "none" else (self.num_kv_heads, max_seq_len, rank)
+        shape = (max_seq_len, rank) if sharing != "none" else (kv_heads, max_seq_len, rank)
         self.key_projection = nn.Parameter(torch.empty(shape))
         self.value_projection = self.key_projection if sharing == "key-value" else nn.Parameter(torch.empty(shape))
         self.reset_parameters()
@@ -92,10 +93,7 @@ class LinformerAttention(Mechanism):
 
     def _problem(self, q, k, v, key_mask, segment_ids, q_offset, attn_bias) -> CompressedProblem:  # type: ignore[no-untyped-def]
         common = self._common(q, k, v, key_mask, segment_ids, q_offset, attn_bias)
-        if k.shape[2] > self.max_seq_len:
-            raise ValueError(f"k has {k.shape[2]} positions, max_seq_len is {self.max_seq_len}")
-        if self.sharing == "none" and k.shape[1] != self.num_kv_heads:
-            raise ValueError(f"k has {k.shape[1]} heads, the projections are for num_kv_heads={self.num_kv_heads}")
+        self._check_sizes("k", k.shape[2], k.shape[1])
         return CompressedProblem(
             **common,
             mask=Everything(),
@@ -104,12 +102,20 @@ class LinformerAttention(Mechanism):
             dropout_p=self.dropout_p if self.training else 0.0,
         )
 
+    def _check_sizes(self, name: str, num_keys: int, num_kv_heads: int) -> None:
+        if num_keys > self.max_seq_len:
+            raise ValueError(f"{name} must have at most max_seq_len = {self.max_seq_len} positions, got {num_keys}")
+        if self.num_kv_heads not in (None, num_kv_heads):
+            raise ValueError(
+                f"{name} must have num_kv_heads = {self.num_kv_heads} heads, each with its own projections "
+                f"(sharing='none'), got {num_kv_heads}"
+            )
+
     def matrix(self, q, k, *, key_mask=None, segment_ids=None, q_offset=None, attn_bias=None) -> Tensor:  # type: ignore[no-untyped-def]
         return compressed_matrix(self._problem(q, k, k, key_mask, segment_ids, q_offset, attn_bias))
 
     def _cost(self, shape: Shape, training: bool, phase: str, basis: str, backend: str) -> Cost:
-        if shape.kv_len > self.max_seq_len:
-            raise ValueError(f"shape.kv_len is {shape.kv_len}, max_seq_len is {self.max_seq_len}")
+        self._check_sizes("shape", shape.kv_len, shape.num_kv_heads)
         num_params = sum(p.numel() for p in self.parameters())
         return compressed_cost(self.rank, num_params, shape, training, basis, backend)
 

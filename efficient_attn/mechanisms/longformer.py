@@ -94,4 +94,6 @@ def _global_mask(global_tokens: int | Sequence[int]) -> GlobalTokens:
         return GlobalTokens.first(check_positive("global_tokens", global_tokens, least=0))
     if isinstance(global_tokens, (str, bytes)) or not isinstance(global_tokens, Sequence):
         raise TypeError(f"global_tokens must be an int or a sequence of positions, got {global_tokens!r}")
-    return GlobalTokens.at(tuple(check_positive("global_tokens", position, least=0) for position in global_tokens))
+    return GlobalTokens.at(
+        tuple(check_positive(f"global_tokens[{i}]", position, least=0) for i, position in enumerate(global_tokens))
+    )

@@ -1,0 +1,119 @@
+"""What a mechanism declares about its cost is what is counted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...complexity import Shape
+from ...mechanisms import Mechanism
+from ..counting import count, saved_bytes
+from ..sampling import HEAD_DIM, LENGTH, V_HEAD_DIM, in_dtype, lengths, sample
+from .law import expect, law
+
+
+def _shape(m: Mechanism, q_len: int, kv_len: int, dtype: torch.dtype, v_head_dim: int = V_HEAD_DIM) -> Shape:
+    q, k, _ = sample(m, 1)
+    return Shape(
+        2, q.shape[1], q_len, kv_len, HEAD_DIM, num_kv_heads=k.shape[1], v_head_dim=v_head_dim, dtype=dtype
+    )
+
+
+@law(lambda m: m.rows_sum_to_one and m.mask is not None)
+def model_flops_are_the_pairs_of_the_matrix(mechanism: Mechanism) -> int:
+    """In the basis "model", a softmax mechanism's FLOPs are 2 (E + Ev) for every non-zero weight, and twice back."""
+    if not hasattr(mechanism, "mask_spec"):
+        return 0
+    m, cases = in_dtype(mechanism, torch.float64), 0
+    for q_len, kv_len in [(n, n) for n in lengths(m)] + [(5, LENGTH), (1, LENGTH)]:
+        q, k, _ = sample(m, q_len, kv_len)
+        pairs = int((m.matrix(q, k) > 0).sum())
+        flops = m.cost(_shape(m, q_len, kv_len, torch.float64), training=True).flops
+        each = 2 * (HEAD_DIM + V_HEAD_DIM)
+        expect(flops.forward == pairs * each, f"declared {flops.forward}, {pairs} pairs at {q_len} x {kv_len}")
+        expect(flops.backward == 2 * pairs * each, f"backward {flops.backward} at {q_len} x {kv_len}")
+        cases += 1
+    return cases
+
+
+@law()
+def hardware_flops_are_counted(mechanism: Mechanism) -> int:
+    """In the basis "hardware", the forward FLOPs are the matrix products that the backend really does."""
+    cases = 0
+    for backend in mechanism.backends:
+        m = in_dtype(mechanism, torch.float32)
+        m.backend = backend.name
+        for q_len, kv_len in [(n, n) for n in lengths(m)] + [(5, LENGTH)]:
+            q, k, v = sample(m, q_len, kv_len, dtype=torch.float32)
+            if backend.refuse(m._problem(q, k, v, None, None, None, None)):
+                continue
+            counted = count(lambda m=m, q=q, k=k, v=v: m(q, k, v)).flops
+            cost = m.cost(_shape(m, q_len, kv_len, torch.float32), basis="hardware", backend=backend.name)
+            what = f"{backend.name}, {q_len} x {kv_len}"
+            expect(counted == cost.flops.forward, f"counted {counted}, declared {cost.flops.forward}: {what}")
+            expect(sum(cost.terms.values()) == cost.flops.forward, f"the terms do not sum to the whole: {what}")
+            cases += 1
+    return cases
+
+
+@law()
+def training_flops_are_counted(mechanism: Mechanism) -> int:
+    """Forward, backward and recomputation together are the products counted in a training step."""
+    cases = 0
+    m = in_dtype(mechanism, torch.float32)
+    m.backend = m._default_backend()
+    for length in lengths(m):
+        inputs = sample(m, length, dtype=torch.float32, grad=True)
+        counted = count(lambda m=m, inputs=inputs: m(*inputs).sum().backward()).flops
+        flops = m.cost(_shape(m, length, length, torch.float32), training=True, basis="hardware").flops
+        # torch's unfused attention recomputes nothing, where its fused kernels do.
+        declared = flops.total - flops.recompute if m.backend == "sdpa" else flops.total
+        expect(counted == declared, f"counted {counted}, declared {declared} at length {length}")
+        cases += 1
+    return cases
+
+
+@law()
+def saved_bytes_are_measured(mechanism: Mechanism) -> int:
+    """What autograd keeps between forward and backward has the declared size, each storage counted once."""
+    cases = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        m = in_dtype(mechanism, dtype)
+        for length in (16, LENGTH):
+            # Equal head sizes: torch's fused kernel, whose bytes are declared, needs them.
+            inputs = sample(m, length, dtype=dtype, grad=True, v_head_dim=HEAD_DIM)
+            others = tuple(m.parameters()) + tuple(m.buffers())
+            measured = saved_bytes(lambda m=m, inputs=inputs: m(*inputs), besides=others)
+            declared = m.cost(_shape(m, length, length, dtype, HEAD_DIM), training=True).saved_bytes
+            expect(measured == declared, f"{measured} bytes kept, declared {declared}: length {length}, {dtype}")
+            cases += 1
+    return cases
+
+
+@law(lambda m: m.max_seq_len is None)
+def largest_intermediate_grows_as_declared(mechanism: Mechanism) -> int:
+    """Forward and backward, no tensor grows faster with the length than the declared memory."""
+    m = in_dtype(mechanism, torch.float32)
+    m.backend = m._default_backend()
+    sizes = []
+    for length in (512, 2048):
+        inputs = sample(m, length, dtype=torch.float32, grad=True, batch=1)
+        sizes.append(count(lambda inputs=inputs: m(*inputs).sum().backward()).largest)
+    grown = math.log(sizes[1] / sizes[0]) / math.log(4)
+    degree = m.complexity.degree("memory")
+    expect(grown <= degree + 0.05, f"the largest tensor grew like L^{grown:.2f}, declared L^{degree:g}")
+    return 1
+
+
+@law()
+def declared_time_is_the_cost(mechanism: Mechanism) -> int:
+    """The exact count grows with the length as the formula in `complexity` does."""
+    lengths = (1 << 14, 1 << 16)
+    if mechanism.max_seq_len is not None:
+        lengths = (mechanism.max_seq_len // 2, mechanism.max_seq_len)
+    flops = [mechanism.cost(_shape(mechanism, n, n, torch.float32)).flops.forward for n in lengths]
+    grown = math.log(flops[1] / flops[0]) / math.log(lengths[1] / lengths[0])
+    declared = mechanism.complexity.degree("time")
+    expect(abs(grown - declared) < 0.05, f"FLOPs grow like L^{grown:.3f}, declared L^{declared:g}")
+    return 1

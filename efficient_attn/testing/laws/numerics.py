@@ -1,0 +1,80 @@
+"""Low precision costs no more than it must, and nothing overflows."""
+
+from __future__ import annotations
+
+import torch
+
+from ...mechanisms import Mechanism
+from ..sampling import LENGTH, expand_heads, holes, in_dtype, sample
+from .law import expect, expect_identical, law
+
+
+@law()
+def error_is_within_budget(mechanism: Mechanism) -> int:
+    """In fp32, bf16 and fp16 every backend errs no more than plain torch, outputs and gradients, against fp64."""
+    from ..budgets import within_budget
+
+    cases = 0
+    exact = in_dtype(mechanism, torch.float64)
+    exact.backend = "reference"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        m = in_dtype(mechanism, dtype)
+        for length, mask in ((LENGTH, None), (LENGTH, holes(LENGTH)), (130, None)):
+            if m.max_seq_len is not None and length > m.max_seq_len:
+                continue
+            inputs = sample(m, length, dtype=dtype, grad=True)
+            doubles = [x.detach().double().requires_grad_() for x in inputs]
+            same = [x.detach().requires_grad_() for x in inputs]
+            truth = exact(*doubles, key_mask=mask)
+            weights = m.matrix(same[0], same[1], key_mask=mask).to(dtype)
+            plain = weights @ expand_heads(same[2], inputs[0].shape[1])
+            actual = m(*inputs, key_mask=mask)
+            what = f"length {length}, {dtype}"
+            within_budget(actual, plain, truth, f"output, {what}")
+            grad = torch.randn(actual.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+            gradients = zip(
+                torch.autograd.grad(actual, inputs, grad),
+                torch.autograd.grad(plain, same, grad),
+                torch.autograd.grad(truth, doubles, grad.double()),
+                strict=True,
+            )
+            for name, (a, p, t) in zip("qkv", gradients, strict=True):
+                within_budget(a, p, t, f"gradient of {name}, {what}", factor=3.0, mean=False)
+            cases += 1
+    return cases
+
+
+@law()
+def stays_finite(mechanism: Mechanism) -> int:
+    """Inputs at 30 and 1000 times their scale, and at the largest fp16 number, give finite outputs and gradients."""
+    cases = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        m = in_dtype(mechanism, dtype)
+        for factor in (30.0, 1000.0, 65504.0):
+            inputs = [x.detach().clamp(-1, 1) * factor for x in sample(m, dtype=torch.float64)]
+            inputs = [x.to(dtype).requires_grad_() for x in inputs]
+            # A gradient of fp16 size: products of inputs and gradients must fit the dtype that holds them.
+            out = m(*inputs)
+            expect(bool(torch.isfinite(out).all()), f"output at scale {factor:g}, {dtype}")
+            grads = torch.autograd.grad(out, inputs, torch.full_like(out, 1e-4))
+            for name, grad in zip("qkv", grads, strict=True):
+                expect(bool(torch.isfinite(grad).all()), f"gradient of {name} at scale {factor:g}, {dtype}")
+            cases += 1
+    return cases
+
+
+@law()
+def repeats_bit_for_bit(mechanism: Mechanism) -> int:
+    """The same call gives the same bits, outputs and gradients, 25 times over."""
+    m = in_dtype(mechanism, torch.float32)
+    inputs = sample(m, dtype=torch.float32, grad=True)
+
+    def once() -> list[torch.Tensor]:
+        out = m(*inputs, key_mask=holes(LENGTH))
+        return [out, *torch.autograd.grad(out.sum(), inputs)]
+
+    first = once()
+    for _ in range(25):
+        for name, actual, expected in zip(("output", "dq", "dk", "dv"), once(), first, strict=True):
+            expect_identical(actual, expected, name)
+    return 25

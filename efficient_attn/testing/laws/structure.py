@@ -1,0 +1,166 @@
+"""A mechanism is a good citizen of torch: shapes, layouts, copies, precision regions, random state."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ...mechanisms import Mechanism
+from ..counting import untouched_rng
+from ..sampling import HEAD_DIM, HEADS, LENGTH, V_HEAD_DIM, expand_heads, in_dtype, sample
+from .law import expect, expect_close, expect_identical, law
+
+
+@law(lambda m: m.num_kv_heads is None)
+def grouped_heads_equal_repeated_heads(mechanism: Mechanism) -> int:
+    """Heads that share a key-value head give what each would with a copy of it, and its gradient is their sum."""
+    m = in_dtype(mechanism, torch.float64)
+    for length in (1, 16, LENGTH):
+        q, k, v = sample(m, length, grad=True)
+        shared = m(q, k, v)
+        repeated = m(q, expand_heads(k, HEADS), expand_heads(v, HEADS))
+        expect_close(shared, repeated, f"output at length {length}")
+        for name, a, b in zip(
+            "qkv",
+            torch.autograd.grad(shared.square().sum(), (q, k, v)),
+            torch.autograd.grad(repeated.square().sum(), (q, k, v)),
+            strict=True,
+        ):
+            expect_close(a, b, f"gradient of {name} at length {length}")
+    return 3
+
+
+@law()
+def takes_empty_inputs(mechanism: Mechanism) -> int:
+    """No batch, no queries, no keys: right shapes, zeros where there is nothing to attend to, gradients that exist."""
+    m = in_dtype(mechanism, torch.float32)
+    heads = m.num_kv_heads or 2
+    for batch, q_len, kv_len in ((0, 7, 7), (2, 0, 7), (2, 0, 0), (2, 3, 0), (0, 0, 0)):
+        q = torch.randn(batch, HEADS, q_len, HEAD_DIM, requires_grad=True)
+        k = torch.randn(batch, heads, kv_len, HEAD_DIM, requires_grad=True)
+        v = torch.randn(batch, heads, kv_len, V_HEAD_DIM, requires_grad=True)
+        for mask in (None, torch.ones(batch, kv_len, dtype=torch.bool)):
+            out = m(q, k, v, key_mask=mask, q_offset=0)
+            expect(out.shape == (batch, HEADS, q_len, V_HEAD_DIM), f"output {tuple(out.shape)}")
+            expect(bool((out == 0).all()) or kv_len > 0, "something came from no keys")
+            for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+                expect(grad.shape == x.shape and bool(torch.isfinite(grad).all()), "gradient")
+            expect(m.matrix(q, k, key_mask=mask, q_offset=0).shape == (batch, HEADS, q_len, kv_len), "matrix")
+    return 10
+
+
+@law()
+def layout_does_not_matter(mechanism: Mechanism) -> int:
+    """Transposed, sliced and expanded inputs and output gradients give the same as contiguous ones."""
+    m = in_dtype(mechanism, torch.float64)
+    q, k, v = sample(m)
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+    strange = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    wide = [torch.stack([x, x], -1)[..., 0].requires_grad_() for x in (q, k, v)]
+    grads = []
+    for inputs in (plain, strange, wide):
+        out = m(*inputs)
+        expanded = torch.ones((), dtype=out.dtype).expand(out.shape)
+        grads.append([out, *torch.autograd.grad(out, inputs, expanded)])
+    for result in grads[1:]:
+        for name, a, b in zip(("output", "dq", "dk", "dv"), result, grads[0], strict=True):
+            expect_close(a, b, name)
+    return 2
+
+
+@law()
+def survives_copies(mechanism: Mechanism) -> int:
+    """deepcopy, pickle, torch.save and a strict state_dict into a fresh copy give the same bits."""
+    m = in_dtype(mechanism, torch.float32)
+    q, k, v = sample(m, dtype=torch.float32)
+    expected = m(q, k, v)
+    loaded = copy.deepcopy(m)
+    with torch.no_grad():
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            tensor.fill_(0.5)
+    buffer = io.BytesIO()
+    torch.save(m.state_dict(), buffer)
+    buffer.seek(0)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    for name, twin in (
+        ("deepcopy", copy.deepcopy(m)),
+        ("pickle", pickle.loads(pickle.dumps(m))),
+        ("state_dict", loaded),
+    ):
+        expect_identical(twin(q, k, v), expected, name)
+    return 3
+
+
+@law()
+def leaves_random_state_alone(mechanism: Mechanism) -> int:
+    """Evaluation draws no random number; two instances of one seed agree whatever the global seed was."""
+    m = in_dtype(mechanism, torch.float32)
+    q, k, v = sample(m, dtype=torch.float32)
+    with untouched_rng():
+        first = m(q, k, v)
+    torch.manual_seed(12345)
+    expect_identical(m(q, k, v), first, "after another global seed")
+    return 2
+
+
+@law()
+def respects_autocast(mechanism: Mechanism) -> int:
+    """Under autocast, inputs of either precision give the result, and the dtype, that they give outside it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        m = in_dtype(mechanism, torch.float32)
+        inputs = sample(m, dtype=dtype, grad=True)
+        outside = m(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = m(*inputs)
+        expect(inside.dtype in (dtype, torch.bfloat16), f"{dtype} gave {inside.dtype}")
+        error = (inside.double() - outside.double()).abs().max().item()
+        bound = 0.03 * outside.double().abs().max().item()
+        expect(error <= bound, f"autocast moved {dtype} by {error:.3g}, allowed {bound:.3g}")
+        grads = torch.autograd.grad(inside.float().sum(), inputs)
+        expect(all(bool(torch.isfinite(g).all()) for g in grads), f"gradients of {dtype} inputs under autocast")
+    return 2
+
+
+@law()
+def works_under_checkpointing(mechanism: Mechanism) -> int:
+    """Activation checkpointing changes no bit of the gradients."""
+    m = in_dtype(mechanism, torch.float32).train()
+    inputs = sample(m, dtype=torch.float32, grad=True)
+    torch.manual_seed(0)
+    plain = torch.autograd.grad(m(*inputs).sum(), inputs)
+    torch.manual_seed(0)
+    again = torch.autograd.grad(checkpoint(m, *inputs, use_reentrant=False).sum(), inputs)
+    for name, a, b in zip("qkv", again, plain, strict=True):
+        expect_identical(a, b, f"gradient of {name}")
+    return 1
+
+
+@law(lambda m: getattr(m, "dropout_p", None) is not None)
+def dropout_is_dropout(mechanism: Mechanism) -> int:
+    """Off in evaluation; repeatable by seed; unbiased; its gradient is that of the weights that were kept."""
+    m = in_dtype(mechanism, torch.float64)
+    m.dropout_p = 0.3
+    q, k, v = sample(m, 12)
+    clean = m(q, k, v)
+    m.train()
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(m(q, k, v))
+    expect_identical(runs[0], runs[1], "the same seed")
+    expect(not torch.equal(runs[0], runs[2]), "another seed dropped the same weights")
+    mean = torch.stack([m(q, k, v) for _ in range(400)]).mean(0)
+    spread = torch.stack([m(q, k, v) for _ in range(50)]).std(0) / 400**0.5
+    expect(bool(((mean - clean).abs() <= 6 * spread + 1e-9).all()), "dropout changes the mean")
+
+    # Linear in v: with one seed, the output at v is the gradient's inner product with v.
+    v = v.requires_grad_()
+    torch.manual_seed(3)
+    out = m(q, k, v)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    expect_close((grad * v).sum(), out.sum(), "gradient of v under dropout")
+    return 4
