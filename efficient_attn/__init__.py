@@ -1,6 +1,6 @@
 """Efficient attention for PyTorch: mechanisms that share one interface, and say what they cost."""
 
-from . import masks, testing
+from . import masks
 from .backends import BackendError
 from .complexity import Complexity, Cost, Shape
 from .integrations.torch_mha import MultiheadAttention
@@ -44,5 +44,4 @@ __all__ = [
     "create_mechanism",
     "masks",
     "segment_ids_from_cu_seqlens",
-    "testing",
 ]

@@ -43,6 +43,14 @@ class FeatureMap(nn.Module, ABC):
         """FLOPs in matrix products for one token of one head."""
         return 0
 
+    def saved(self, head_dim: int) -> int:
+        """Numbers kept for the backward pass for one token of one head, the features excepted."""
+        return 0
+
+    def cast(self, dtype: torch.dtype) -> int:
+        """Numbers kept because parameters in `dtype` are cast to the accumulation dtype, for one call."""
+        return 0
+
     def params(self) -> int:
         """How many numbers are learnt."""
         return sum(p.numel() for p in self.parameters())
@@ -95,6 +103,9 @@ class SquaredRelu(FeatureMap):
         exponent = torch.ceil(torch.log2(x.detach().amax(-1))).clamp(min=-_LARGEST, max=_LARGEST)
         return Features((x * torch.exp2(-exponent)[..., None]).square(), 2 * exponent)
 
+    def saved(self, head_dim: int) -> int:
+        return 2 * head_dim + 1
+
 
 class Exp(FeatureMap):
     """phi(x) = exp(x), each token scaled by a power of two so that no input overflows."""
@@ -111,8 +122,11 @@ _LARGEST = 60.0  # |exponent| for features that are zero or subnormal: 2^60 stil
 
 def from_logarithm(log_phi: Tensor) -> Features:
     """Features exp(log_phi), scaled by the power of two that brings each token's largest into (1/2, 1]."""
-    exponent = torch.ceil(log_phi.detach().amax(-1) / math.log(2))
-    return Features(torch.exp(log_phi - (exponent * math.log(2))[..., None]), exponent)
+    peak = log_phi.detach().amax(-1)
+    exponent = torch.ceil(peak / math.log(2))
+    # The rest lies in (-log 2, 0], but a large peak rounds coarser than that.
+    rest = (peak - exponent * math.log(2)).clamp(-math.log(2), 0)
+    return Features(torch.exp((log_phi - peak[..., None]) + rest[..., None]), exponent)
 
 
 class Favor(FeatureMap):
@@ -160,7 +174,7 @@ class Favor(FeatureMap):
         x = x * self.head_dim**-0.25
         projected = x @ self.projection.to(x.dtype).mT
         if self.kernel == "relu":
-            return Features(torch.relu(projected) * self.size**-0.5, None)
+            return Features(torch.relu(projected * self.size**-0.5), None)
         return from_logarithm(projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.size) / 2)
 
     def num_features(self, head_dim: int) -> int:
@@ -168,6 +182,12 @@ class Favor(FeatureMap):
 
     def flops(self, head_dim: int) -> int:
         return 2 * self.size * head_dim
+
+    def saved(self, head_dim: int) -> int:
+        return head_dim if self.kernel == "softmax" else 0
+
+    def cast(self, dtype: torch.dtype) -> int:
+        return self.projection.numel() if dtype.itemsize < 4 else 0
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, num_features={self.size}, seed={self.seed}, kernel={self.kernel!r}"

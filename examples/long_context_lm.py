@@ -1,11 +1,13 @@
 """Trains the same small language model on real text with different attention, and compares what they cost.
 
-    python examples/long_context_lm.py                       # about 5 minutes on two cores, no download
+    pip install -e '.[demo]'
+    python examples/long_context_lm.py                     # about 5 minutes on two cores, nothing to download
     python examples/long_context_lm.py --data book.txt --mechanisms full,longformer
-    python examples/long_context_lm.py --quick               # about 20 seconds: does everything work?
+    python examples/long_context_lm.py --quick             # does everything work? about 20 seconds
 
-Writes checkpoints, results.json and results.png to --out. Stop it with Ctrl-C; the same command continues, and
-ends with the same weights: every batch is a function of (seed, step). Results repeat for the same --threads.
+Writes checkpoints, results.json and results.png to --out. Stop it with Ctrl-C: the same command continues and
+ends with the same weights, for every batch is a function of (seed, step). The seed and the number of threads
+decide them.
 """
 
 from __future__ import annotations
@@ -206,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=_positive,
         default=min(2, os.cpu_count() or 1),
-        help="CPU threads (default: at most 2)",
+        help="CPU threads (default: at most 2); 1 where others compute",
     )
     add("--prompt", help="what the trained models continue (default: the start of the held-out text)")
     parser.set_defaults(preset="default")

@@ -103,9 +103,9 @@ class LinformerAttention(Mechanism):
         )
 
     def _check_sizes(self, name: str, num_keys: int, num_kv_heads: int) -> None:
-        if num_keys > self.max_seq_len:
+        if self.max_seq_len is not None and num_keys > self.max_seq_len:
             raise ValueError(f"{name} must have at most max_seq_len = {self.max_seq_len} positions, got {num_keys}")
-        if self.num_kv_heads not in (None, num_kv_heads):
+        if self.num_kv_heads is not None and self.num_kv_heads != num_kv_heads:
             raise ValueError(
                 f"{name} must have num_kv_heads = {self.num_kv_heads} heads, each with its own projections "
                 f"(sharing='none'), got {num_kv_heads}"

@@ -32,7 +32,14 @@ def compress(x: Tensor, projection: Tensor, start: Tensor | None) -> Tensor:
         inside = (index < length)[:, None, :, None]
         index = index.clamp(max=length - 1)[:, None, :, None]
         x = torch.where(inside, x.gather(2, index.expand(x.shape)), 0.0)
-    return projection[..., :length, :].to(x.dtype).mT @ x
+    # float16 does not hold sums along a sequence.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    projection, x = projection[..., :length, :].to(dtype), x.to(dtype)
+    if projection.dim() == 2:
+        return projection.mT @ x
+    # One product a head, over the whole batch: broadcasting would copy the projection for every row.
+    together = projection.mT @ x.permute(1, 2, 0, 3).flatten(2)
+    return together.unflatten(2, (x.shape[0], x.shape[3])).permute(2, 0, 1, 3)
 
 
 def compressed(p: CompressedProblem) -> Tensor:
@@ -40,7 +47,7 @@ def compressed(p: CompressedProblem) -> Tensor:
     start = None if p.key_mask is None else anchors(p.key_mask)[0]
     k = compress(p.k, p.key_projection, start)
     v = compress(p.v, p.value_projection, start)
-    return attend_where(p.q, k.to(p.q.dtype), v.to(p.q.dtype), None, p.scale, p.dropout_p)
+    return attend_where(p.q.to(k.dtype), k, v, None, p.scale, p.dropout_p).to(p.q.dtype)
 
 
 def compressed_matrix(p: CompressedProblem) -> Tensor:

@@ -94,19 +94,31 @@ def linear_cost(
             terms["state"] += 2 * shape.batch * kv_heads * shape.q_len * size * values
             terms["reading"] *= 2
     forward = sum(terms.values())
-    # Each product of two matrices has two in its backward pass; each scan has three scans.
-    scans = 3 if basis != "model" and is_causal and backend != "reference" else 2
-    inner = forward - terms["features"]
-    backward = (2 * terms["features"] + scans * inner) if training else 0
-    feature_bytes = (rows + keys) * size * width
-    sums = rows * (shape.v_head_dim + 1) * width
-    peak = feature_bytes * 2 + sums * 3 + keys * (shape.v_head_dim + 1) * width + shape.output_bytes
+    # Each product of two matrices has two in its backward pass, each scan has three scans; a feature map's
+    # projection is not learnt, so one product suffices.
+    scans = is_causal and basis != "model" and backend != "reference"
+    backward = (3 if scans else 2) * (forward - terms["features"]) + terms["features"]
+    saved = _linear_saved(phi, is_causal, shape) * width
     return Cost(
-        Flops(forward, backward),
+        Flops(forward, backward if training else 0),
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
         params=phi.params(),
-        saved_bytes=feature_bytes + sums if training else 0,
-        peak_bytes=peak,
+        saved_bytes=saved + rows if training else 0,  # a byte a row says which rows are empty
+        peak_bytes=2 * saved + shape.output_bytes,
         terms=terms,
     )
+
+
+def _linear_saved(phi: FeatureMap, is_causal: bool, shape: Shape) -> int:
+    """Numbers kept for the backward pass: features, values with a column of ones, sums, totals, exponents."""
+    size, values = phi.num_features(shape.head_dim), shape.v_head_dim + 1
+    rows = shape.batch * shape.num_heads * shape.q_len
+    keys = shape.batch * shape.num_kv_heads * shape.kv_len
+    numbers = (rows + keys) * (size + phi.saved(shape.head_dim)) + keys * values + rows * (values + 1)
+    numbers += 2 * phi.cast(shape.dtype)
+    if not is_causal:
+        numbers += shape.batch * shape.num_kv_heads * size * values  # the state
+    if phi.has_exponent:
+        numbers += 2 * keys if is_causal else keys * (size + 1)  # both exponents, or rescaled features and factor
+    return numbers

@@ -15,6 +15,9 @@ from ..inputs import accumulation_dtype, full_precision
 from .problem import LinearProblem, allowed_pairs, segments_of_queries
 from .scan import scan
 
+LEAST_TOTAL = 2.0**-80
+"""A total weight below this, features being of order 1, is no weight: its reciprocal would overflow gradients."""
+
 NOTHING = -(2.0**100)
 """The exponent of a key with no weight: below every real one, and finite, so that differences are too."""
 
@@ -46,9 +49,10 @@ def _with_ones(v: Tensor) -> Tensor:
 
 
 def normalise(sums: Tensor) -> Tensor:
-    """The weighted values over their total weight, the last column; zero, with zero gradient, where that is 0."""
+    """The weighted values over their total weight, the last column; zero, with zero gradient, where that is none."""
     values, total = sums[..., :-1], sums[..., -1:]
-    return torch.where(total == 0, 0.0, values / torch.where(total == 0, 1.0, total))
+    nothing = total < LEAST_TOTAL
+    return torch.where(nothing, 0.0, values / torch.where(nothing, 1.0, total))
 
 
 def chunked(p: LinearProblem) -> Tensor:
@@ -200,7 +204,8 @@ def linear_matrix(p: LinearProblem) -> Tensor:
             weights = weights * torch.exp2(exponent - exponent.amax(-1, keepdim=True))
         weights = torch.where(allowed, weights, 0.0)
         total = weights.sum(-1, keepdim=True)
-        return torch.where(total == 0, 0.0, weights / torch.where(total == 0, 1.0, total))
+        nothing = total < LEAST_TOTAL
+        return torch.where(nothing, 0.0, weights / torch.where(nothing, 1.0, total))
 
 
 def reference(p: LinearProblem) -> Tensor:

@@ -29,10 +29,12 @@ def within_budget(
         return
     rounded = exact.to(actual.dtype)
     ulp = ((rounded + 0.3 - 0.3).double() - rounded.double()).abs().max()
-    if error.max() > factor * budget.max() + 2 * ulp:
+    # Where the exact result is zero by cancellation, plain torch may hit it exactly and fp32 sums may not.
+    floor = 2 * ulp + 8 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
+    if error.max() > factor * budget.max() + floor:
         raise LawViolation(
             f"{what}: largest error {error.max():.3g}, plain torch has {budget.max():.3g} and may be exceeded "
-            f"{factor:g} times plus {2 * ulp:.1g}"
+            f"{factor:g} times plus {floor:.1g}"
         )
     share = 2.0 if actual.dtype == torch.float32 else 1.1
     floor = torch.finfo(actual.dtype).eps * exact.abs().mean() / 4

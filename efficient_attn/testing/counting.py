@@ -31,8 +31,14 @@ class Counter(TorchDispatchMode):
         if func in IMPLEMENTATIONS:
             with self:
                 return IMPLEMENTATIONS[func](*args, **kwargs)
-        out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            # Inside an operator nothing has been taken apart yet: matmul is still matmul.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         fresh = [t for t in tree_leaves(out) if isinstance(t, Tensor) and not t._is_view()]

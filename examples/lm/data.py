@@ -35,7 +35,7 @@ class Corpus:
         return self.train[starts + torch.arange(context + 1)].long()
 
     def validation_windows(self, count: int, context: int) -> Tensor:
-        """At most `count` windows of (context + 1) bytes, spread evenly over the held-out text, none overlapping."""
+        """At most `count` windows of (context + 1) bytes, evenly spread over the held-out text."""
         available = len(self.validation) // (context + 1)
         chosen = torch.linspace(0, available - 1, min(count, available)).long()
         starts = chosen[:, None] * (context + 1)

@@ -26,8 +26,8 @@ MOST_REPEATS = 5
 def allocated_peak(work: Callable[[], object]) -> int:
     """The most bytes that `work` held at one moment beyond what was held before it.
 
-    From the CPU allocator's own records. Every allocation counts, those inside an operator included; what earlier
-    code holds does not, which is why this is per mechanism and the process's resident size would not be.
+    From the CPU allocator's own records: every allocation counts, those inside an operator too; what was held
+    before does not, which is why this tells mechanisms apart and the process's resident size would not.
     """
     with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
         work()
@@ -36,7 +36,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
         raise RuntimeError("torch.profiler recorded nothing: this torch was built without Kineto")
     held = peak = 0
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]: missing from the stub
         peak = max(peak, held)
     return peak
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ class Settings:
 
     context: int = 512
     d_model: int = 128
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
-    batch_size: int = 8
-    steps: int = 160
+    batch_size: int = 2
+    steps: int = 640
     learning_rate: float = 3e-3
     evaluations: int = 8
     windows: int = 32
@@ -68,6 +68,7 @@ PRESETS = {
         d_model=384,
         num_layers=6,
         num_heads=6,
+        batch_size=8,
         steps=4000,
         learning_rate=1e-3,
         evaluations=20,
@@ -128,20 +129,23 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        for block in self.blocks:
+        for block in self._blocks():
             x = block(x)
         return self.head(self.norm(x))
 
     def init_state(self, batch_size: int) -> list[Any]:
-        return [block.attention.init_state(batch_size) for block in self.blocks]
+        return [block.attention.init_state(batch_size) for block in self._blocks()]
 
     def step(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
         x = self.embedding(tokens)
         advanced = []
-        for block, state in zip(self.blocks, states, strict=True):
+        for block, state in zip(self._blocks(), states, strict=True):
             x, state = block.step(x, state)
             advanced.append(state)
         return self.head(self.norm(x)), advanced
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
 
     def shared_weights(self) -> dict[str, Tensor]:
         """The parameters that every mechanism has: all but the mechanism's own."""
@@ -149,7 +153,7 @@ class LanguageModel(nn.Module):
 
 
 def mechanism_options(name: str, context: int) -> dict[str, Any]:
-    """What each mechanism is given: about a quarter of the trained context to look at, fixed as lengths grow."""
+    """What each mechanism is given: a quarter of the trained context to look at, the same at every length."""
     window = max(1, context // 4)
     return {
         "sliding_window": {"window_size": window},

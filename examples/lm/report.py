@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,9 +48,11 @@ def findings(results: Results) -> list[str]:
         )
     else:
         lines.append(f"no leak: blanking the future changed none of {checked:,} logits, by not one bit")
-    seen = "sees it" if control["difference"] != 0 else "DOES NOT SEE IT: do not trust the line above"
+    seen = (
+        "sees a leak" if control["difference"] != 0 else "DOES NOT SEE A LEAK (do not trust the line above)"
+    )
     lines.append(
-        f"the audit {seen}: the same weights, attending to the future on purpose, differ by {control['difference']:.3g}"
+        f"the audit {seen}: shown the future on purpose, logits differ by {control['difference']:.3g}"
     )
     full = rows.get("full")
     lengths = results["settings"]["scaling_lengths"]
@@ -67,16 +70,22 @@ def findings(results: Results) -> list[str]:
             if crossover
             else f"not faster by {lengths[-1]:,}"
         )
-        better = "better" if row["delta_to_full"] < 0 else "worse"
         lines.append(
-            f"{name}: {abs(row['delta_to_full']):.3f} bits per character {better} than full; {when}"
+            f"{name}: {_compared(row['delta_to_full'], row['delta_standard_error'])}; {when}"
             f" ({ratio:.2g}x its speed at {lengths[-1]:,}, training)"
         )
     return lines
 
 
+def _compared(delta: float, standard_error: float | None) -> str:
+    if abs(delta) < 5e-4:
+        return "the bits per character of full"
+    doubt = "" if standard_error is None or abs(delta) > 2 * standard_error else " (within the noise)"
+    return f"{abs(delta):.3f} bits per character {'better' if delta < 0 else 'worse'} than full{doubt}"
+
+
 def crossover(full: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> int | None:
-    """The length from which `other` stays faster than `full` in training; None if not by the last measured."""
+    """The length from which `other` stays faster than `full` in training; None if there is none."""
     lengths = sorted(full)
     gains = [
         math.log(full[n]["forward_backward_seconds"] / other[n]["forward_backward_seconds"]) for n in lengths
@@ -95,12 +104,8 @@ def crossover(full: dict[int, dict[str, float]], other: dict[int, dict[str, floa
 
 def plot(results: Results, path: Path) -> None:
     """Three panels: learning, decoding state, and time by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (learning, state, time) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    learning, state, time = figure.subplots(1, 3)
     for i, (name, row) in enumerate(results["mechanisms"].items()):
         style = {
             "color": COLOURS[i % len(COLOURS)],
@@ -133,7 +138,6 @@ def plot(results: Results, path: Path) -> None:
     handles, labels = learning.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False)
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))
-    pyplot.close(figure)
 
 
 def _quality_table(results: Results) -> Table:
@@ -235,7 +239,7 @@ def _length_ticks(axes: Any, lengths: list[int]) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """What a reader of the file gets back: JSON has string keys, and no NaN or infinity (they become null)."""
+    """What a reader of the file gets back: JSON has string keys, and null for NaN and infinity."""
     if isinstance(value, dict):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

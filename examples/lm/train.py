@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag, so that no step is cut in half; the second is immediate."""
+    """Turns the first Ctrl-C or SIGTERM into a flag, so no step is cut in half; a second acts at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

@@ -274,18 +274,21 @@ def test_a_query_with_nothing_to_attend_to_gives_the_output_bias() -> None:
 @pytest.mark.parametrize("pad", ["bool", "inf"])
 @pytest.mark.parametrize("mechanism", [None, SlidingWindowAttention(2)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_padding_never_reaches_outputs_or_gradients(pad: str, mechanism, poison: float) -> None:
+@pytest.mark.parametrize("cross", [False, True])
+def test_padding_never_reaches_outputs_or_gradients(cross: bool, poison: float, mechanism, pad: str) -> None:
     module = MultiheadAttention(EMBED, HEADS, batch_first=True, mechanism=mechanism)
-    x = torch.randn(BATCH, KEYS, EMBED)
+    clean = torch.randn(3, BATCH, KEYS, EMBED)
     ignore, results = padding("bool"), []
     for content in (1.0, poison):
-        tokens = x.masked_fill(ignore[..., None], content).requires_grad_()
-        out, _ = module(tokens, tokens, tokens, key_padding_mask=padding(pad), need_weights=False)
-        grads = torch.autograd.grad(out[~ignore].square().sum(), [tokens, *module.parameters()])
-        results.append([out[~ignore], *grads])
-    for clean, poisoned in zip(*results, strict=True):
+        key, value = clean[:2].masked_fill(ignore[..., None], content).requires_grad_()
+        query = clean[2] if cross else key
+        tokens = (query, key, value if cross else key)
+        out = module(*tokens, key_padding_mask=padding(pad), need_weights=False)[0][~ignore]
+        leaves = [key, value] if cross else [key]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, *module.parameters()])])
+    for expected, poisoned in zip(*results, strict=True):
         assert poisoned.isfinite().all()
-        assert torch.equal(clean, poisoned)
+        assert torch.equal(expected, poisoned)
 
 
 def test_dropout_is_the_mechanisms() -> None:

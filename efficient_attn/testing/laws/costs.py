@@ -97,12 +97,13 @@ def largest_intermediate_grows_as_declared(mechanism: Mechanism) -> int:
     m = in_dtype(mechanism, torch.float32)
     m.backend = m._default_backend()
     sizes = []
-    for length in (512, 2048):
+    for length in (1024, 4096):
         inputs = sample(m, length, dtype=torch.float32, grad=True, batch=1)
         sizes.append(count(lambda inputs=inputs: m(*inputs).sum().backward()).largest)
     grown = math.log(sizes[1] / sizes[0]) / math.log(4)
     degree = m.complexity.degree("memory")
-    expect(grown <= degree + 0.05, f"the largest tensor grew like L^{grown:.2f}, declared L^{degree:g}")
+    # Tiles are cut at the edges, hence the margin; what is quadratic is far beyond it.
+    expect(grown <= degree + 0.25, f"the largest tensor grew like L^{grown:.2f}, declared L^{degree:g}")
     return 1
 
 

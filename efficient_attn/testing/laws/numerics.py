@@ -53,10 +53,13 @@ def stays_finite(mechanism: Mechanism) -> int:
         for factor in (30.0, 1000.0, 65504.0):
             inputs = [x.detach().clamp(-1, 1) * factor for x in sample(m, dtype=torch.float64)]
             inputs = [x.to(dtype).requires_grad_() for x in inputs]
-            # A gradient of fp16 size: products of inputs and gradients must fit the dtype that holds them.
             out = m(*inputs)
-            expect(bool(torch.isfinite(out).all()), f"output at scale {factor:g}, {dtype}")
-            grads = torch.autograd.grad(out, inputs, torch.full_like(out, 1e-4))
+            # A mixture of values with weights beyond 1 (Linformer) may exceed the dtype; nothing else may.
+            exact = in_dtype(mechanism, torch.float64)(*(x.double() for x in inputs)).abs()
+            fits = exact < torch.finfo(dtype).max / 2
+            expect(bool(torch.isfinite(out[fits]).all()), f"output at scale {factor:g}, {dtype}")
+            # Small, so that products of inputs and gradients fit the dtype that holds them.
+            grads = torch.autograd.grad(out, inputs, torch.where(fits, 1e-4, 0.0).to(dtype))
             for name, grad in zip("qkv", grads, strict=True):
                 expect(bool(torch.isfinite(grad).all()), f"gradient of {name} at scale {factor:g}, {dtype}")
             cases += 1
