@@ -75,7 +75,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
         if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}"
+            )
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
@@ -83,7 +85,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
+        raise ValueError(
+            f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}"
+        )
     if k.shape[1:3] != v.shape[1:3]:
         raise ValueError(
             f"k and v must agree in heads and length, got {tuple(k.shape[1:3])} and {tuple(v.shape[1:3])}"
@@ -95,7 +99,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[1] == 0 or k.shape[1] == 0:
         raise ValueError(f"q and k must have at least 1 head, got {q.shape[1]} and {k.shape[1]}")
     if q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[1]} and {k.shape[1]}")
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k and v, got {q.shape[1]} and {k.shape[1]}"
+        )
 
 
 def check_key_mask(key_mask: Any, batch: int, num_keys: int, device: torch.device) -> None:
@@ -121,7 +127,9 @@ def check_segment_ids(segment_ids: Any, batch: int, num_keys: int, device: torch
 
 def _check_row_tensor(name: str, x: Tensor, batch: int, num_keys: int, device: torch.device) -> None:
     if x.dim() != 2 or x.shape[0] != batch or x.shape[1] != num_keys:
-        raise ValueError(f"{name} must have shape (batch, keys) = ({batch}, {num_keys}), got {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape (batch, keys) = ({batch}, {num_keys}), got {tuple(x.shape)}"
+        )
     if x.device != device:
         raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
 
@@ -131,7 +139,9 @@ def check_attn_bias(attn_bias: Any, shape: tuple[int, ...], device: torch.device
     if not isinstance(attn_bias, Tensor):
         raise TypeError(f"attn_bias must be a Tensor or None, got {type(attn_bias).__name__}")
     if attn_bias.dtype != torch.bool and not attn_bias.dtype.is_floating_point:
-        raise TypeError(f"attn_bias must be floating-point (added) or bool (True = may attend), got {attn_bias.dtype}")
+        raise TypeError(
+            f"attn_bias must be floating-point (added) or bool (True = may attend), got {attn_bias.dtype}"
+        )
     padded = (1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape)
     if attn_bias.dim() > 4 or any(b not in (1, n) for b, n in zip(padded, shape, strict=True)):
         raise ValueError(f"attn_bias must broadcast to (B, H, L, S) = {shape}, got {tuple(attn_bias.shape)}")
@@ -152,12 +162,18 @@ def resolve_offset(
         return num_keys - q_len
     if isinstance(q_offset, Tensor):
         if q_offset.dim() != 0:
-            raise ValueError(f"q_offset must be an int or a 0-d integer tensor, got shape {tuple(q_offset.shape)}")
+            raise ValueError(
+                f"q_offset must be an int or a 0-d integer tensor, got shape {tuple(q_offset.shape)}"
+            )
         if not is_integer(q_offset.dtype):
             raise TypeError(f"q_offset must be an int or a 0-d integer tensor, got {q_offset.dtype}")
         if q_offset.device not in (device, torch.device("cpu")):
-            raise ValueError(f"q_offset must be on the CPU or the device of q, {device}, got {q_offset.device}")
+            raise ValueError(
+                f"q_offset must be on the CPU or the device of q, {device}, got {q_offset.device}"
+            )
         return q_offset
     if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
-        raise TypeError(f"q_offset must be an int, a 0-d integer tensor or None, got {type(q_offset).__name__}")
+        raise TypeError(
+            f"q_offset must be an int, a 0-d integer tensor or None, got {type(q_offset).__name__}"
+        )
     return q_offset  # type: ignore[return-value]

@@ -41,7 +41,9 @@ class State:
         tensors = self._tensors()
         if any(t.device != indices.device for t in tensors.values()):
             devices = {t.device for t in tensors.values()}
-            raise ValueError(f"indices must be on the device of the state, {devices.pop()}, got {indices.device}")
+            raise ValueError(
+                f"indices must be on the device of the state, {devices.pop()}, got {indices.device}"
+            )
         return replace(self, **{name: t.index_select(0, indices) for name, t in tensors.items()})
 
     def _tensors(self) -> dict[str, Tensor]:

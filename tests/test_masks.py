@@ -48,7 +48,16 @@ MASKS = {
     "fixed_or_window": Fixed(7, 1) | Window(4),
     "window_and_strided": Window(9) & Strided(4),
 }
-SHAPES = [(1, 1, None), (7, 7, None), (37, 37, None), (64, 64, None), (5, 40, None), (12, 30, 3), (9, 6, 0), (8, 5, -3)]
+SHAPES = [
+    (1, 1, None),
+    (7, 7, None),
+    (37, 37, None),
+    (64, 64, None),
+    (5, 40, None),
+    (12, 30, 3),
+    (9, 6, 0),
+    (8, 5, -3),
+]
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 every_shape = pytest.mark.parametrize(("q_len", "num_keys", "offset"), SHAPES)
 
@@ -56,7 +65,10 @@ every_shape = pytest.mark.parametrize(("q_len", "num_keys", "offset"), SHAPES)
 def brute(mask: Mask, q_len: int, num_keys: int, offset: int | None) -> torch.Tensor:
     offset = num_keys - q_len if offset is None else offset
     mask = mask.sized(num_keys)
-    rows = [[bool(mask.allows(torch.tensor(offset + i), torch.tensor(j))) for j in range(num_keys)] for i in range(q_len)]
+    rows = [
+        [bool(mask.allows(torch.tensor(offset + i), torch.tensor(j))) for j in range(num_keys)]
+        for i in range(q_len)
+    ]
     return torch.tensor(rows, dtype=torch.bool).view(q_len, num_keys)
 
 
@@ -88,7 +100,9 @@ def test_tiles_hold_every_pair_exactly_once(mask, q_len, num_keys, offset, rows,
     visits = torch.zeros(q_len, num_keys, dtype=torch.long)
     stored: set[int] = set()
     for tile in plan(mask, start, start + q_len, num_keys, rows, keys):
-        q = torch.arange(start, start + q_len)[slice(tile.rows.start - start, tile.rows.stop - start, tile.rows.step)]
+        q = torch.arange(start, start + q_len)[
+            slice(tile.rows.start - start, tile.rows.stop - start, tile.rows.step)
+        ]
         k = torch.cat([torch.arange(num_keys)[s] for s in tile.keys])
         assert len(q) == tile.num_rows <= rows and len(k) == tile.num_keys <= keys
         assert len(set(k.tolist())) == len(k), "a key twice in one tile"
@@ -110,14 +124,18 @@ def test_block_layout_is_exact(mask, q_len, num_keys, offset, size):
     layout = BlockLayout.of(mask, q_len, num_keys, size, offset)
     for row in range(-(-q_len // size)):
         full = set(layout.full_index[layout.full_start[row] : layout.full_start[row + 1]].tolist())
-        partial = set(layout.partial_index[layout.partial_start[row] : layout.partial_start[row + 1]].tolist())
+        partial = set(
+            layout.partial_index[layout.partial_start[row] : layout.partial_start[row + 1]].tolist()
+        )
         for block in range(-(-num_keys // size)):
             cell = truth[row * size : (row + 1) * size, block * size : (block + 1) * size]
             assert (block in full) == bool(cell.all()), (row, block)
             assert (block in partial) == bool(cell.any() and not cell.all()), (row, block)
 
 
-@pytest.mark.parametrize("mask", [m for m in MASKS.values() if m not in (MASKS["everything"], MASKS["causal"])])
+@pytest.mark.parametrize(
+    "mask", [m for m in MASKS.values() if m not in (MASKS["everything"], MASKS["causal"])]
+)
 def test_tile_plans_are_subquadratic(mask):
     def covered(n: int) -> int:
         return sum(t.num_rows * t.num_keys for t in plan(mask, 0, n, n, 64, 1024))
@@ -133,7 +151,9 @@ def test_pair_counts_at_a_million_tokens_are_closed_forms():
     assert Causal().pairs(n, n) == n * (n + 1) // 2
     assert Everything().pairs(n, n) == n * n
     blocks = n // 1024
-    assert (Strided(1024) & Causal()).pairs(n, n) == 1024 * n - 1024 * 1023 // 2 + 1024 * (blocks - 1) * blocks // 2
+    assert (Strided(1024) & Causal()).pairs(n, n) == 1024 * n - 1024 * 1023 // 2 + 1024 * (
+        blocks - 1
+    ) * blocks // 2
 
 
 def test_random_blocks_are_distinct_uniform_and_pure():

@@ -67,7 +67,9 @@ class Shape:
         for name in ("num_heads", "head_dim", "num_kv_heads", "v_head_dim"):
             check_positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
         check_float_dtype(self.dtype)
 
     @property
@@ -137,7 +139,10 @@ class Cost:
             self.saved_bytes + other.saved_bytes,
             max(self.peak_bytes + other.saved_bytes, other.peak_bytes + self.saved_bytes),
             self.state_bytes + other.state_bytes,
-            {name: self.terms.get(name, 0) + other.terms.get(name, 0) for name in {**self.terms, **other.terms}},
+            {
+                name: self.terms.get(name, 0) + other.terms.get(name, 0)
+                for name in {**self.terms, **other.terms}
+            },
         )
 
     def __mul__(self, times: int) -> Cost:

@@ -41,7 +41,7 @@ class Complexity:
         """The formula `name` ("time", "memory", ...) as a sympy expression in positive symbols."""
         import sympy
 
-        symbols = {letter: sympy.Symbol(letter, positive=True) for letter in "L E w g s b r m k".split()}
+        symbols = {letter: sympy.Symbol(letter, positive=True) for letter in "LEwgsbrmk"}
         return sympy.sympify(getattr(self, name), locals=symbols)
 
     def degree(self, name: str) -> float:

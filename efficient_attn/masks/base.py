@@ -89,7 +89,9 @@ class Mask(ABC):
         k = torch.arange(num_keys, device=device)[None, :]
         return self.sized(num_keys).allows(q, k).expand(q_len, num_keys)
 
-    def mask_mod(self, num_keys: int, q_offset: int = 0) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def mask_mod(
+        self, num_keys: int, q_offset: int = 0
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The predicate in the form that `torch.nn.attention.flex_attention.create_block_mask` takes."""
         mask = self.sized(num_keys)
         return lambda b, h, q_idx, kv_idx: mask.allows(q_idx + q_offset, kv_idx)
@@ -121,7 +123,10 @@ def _build(plain: list[Any]) -> Mask:
         raise ValueError(f"unknown mask {name!r}; known masks are {sorted(Mask.registry)}")
     is_mask = [isinstance(v, list) and bool(v) and isinstance(v[0], str) for v in values]
     return Mask.registry[name](
-        *(_build(v) if m else tuple(v) if isinstance(v, list) else v for v, m in zip(values, is_mask, strict=True))
+        *(
+            _build(v) if m else tuple(v) if isinstance(v, list) else v
+            for v, m in zip(values, is_mask, strict=True)
+        )
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +55,7 @@ def _trim(s: slice, low: int, up: int) -> slice | None:
 def row_ranges(start: int, stop: int, size: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
     """[start, stop) in ranges of at most `size`, aligned to multiples of it, broken at every cut."""
     edges = sorted({start, stop, *cuts, *range((start // size + 1) * size, stop, size)})
-    return zip(edges[:-1], edges[1:], strict=True)
+    return pairwise(edges)
 
 
 def _union(low: list[int], up: list[int]) -> list[tuple[int, int]]:
@@ -154,7 +155,9 @@ class BlockLayout:
     partial_index: Tensor
 
     @classmethod
-    def of(cls, mask: Mask, q_len: int, num_keys: int, block_size: int, q_offset: int | None = None) -> BlockLayout:
+    def of(
+        cls, mask: Mask, q_len: int, num_keys: int, block_size: int, q_offset: int | None = None
+    ) -> BlockLayout:
         """The layout of `mask`, in time proportional to rows and stored blocks (never q_len x num_keys)."""
         offset = num_keys - q_len if q_offset is None else q_offset
         mask = mask.sized(num_keys)

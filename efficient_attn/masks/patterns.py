@@ -133,7 +133,9 @@ class RandomBlocks(Mask):
     def choices(self, row_blocks: Tensor) -> Tensor:
         """The blocks (..., count) that each row block attends to; -1 where fewer exist."""
         if not self.causal and self.num_blocks is None:
-            raise ValueError("a non-causal RandomBlocks draws over the whole sequence: call sized(num_keys) first")
+            raise ValueError(
+                "a non-causal RandomBlocks draws over the whole sequence: call sized(num_keys) first"
+            )
         available = row_blocks if self.causal else self.num_blocks
         return random_blocks(row_blocks, count=self.count, seed=self.seed, num_choices=available)  # type: ignore[arg-type]
 
@@ -167,12 +169,17 @@ class Strided(Mask):
 
     def row_spans(self, q: Tensor, num_keys: int) -> Spans:
         low, up = Window(self.stride).row_spans(q, num_keys)
-        column = torch.arange(-(-num_keys // self.stride), device=q.device) * self.stride + (q % self.stride)[:, None]
+        column = (
+            torch.arange(-(-num_keys // self.stride), device=q.device) * self.stride
+            + (q % self.stride)[:, None]
+        )
         return torch.cat([low, column], -1), torch.cat([up, (column + 1).clamp(max=num_keys)], -1)
 
     def counts(self, q: Tensor, limit: Tensor) -> Tensor:
         window = (torch.minimum(q + self.stride, limit) - (q - self.stride + 1).clamp(min=0)).clamp(min=0)
-        column = (limit - q % self.stride + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0)
+        column = (
+            (limit - q % self.stride + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0)
+        )
         return window + column - ((q >= 0) & (q < limit)).to(q.dtype)
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
@@ -188,7 +195,9 @@ class Strided(Mask):
                 keys = range(residue, num_keys, self.stride)
                 if len(keys) > 1 or rows != keys:
                     key_slice = slice(keys.start, keys.stop, keys.step)
-                    yield Tile(slice(rows.start, rows.stop, rows.step), (key_slice,), _OffDiagonal(), first=False)
+                    yield Tile(
+                        slice(rows.start, rows.stop, rows.step), (key_slice,), _OffDiagonal(), first=False
+                    )
 
 
 @dataclass(frozen=True)
@@ -220,12 +229,16 @@ class Fixed(Mask):
         own = (q.div(self.stride, rounding_mode="floor") * self.stride)[:, None]
         ends = torch.arange(1, 1 + num_keys // self.stride + 1, device=q.device) * self.stride
         ends = ends.expand(len(q), -1)
-        return _clip(torch.cat([own, ends - self.summary], -1), torch.cat([own + self.stride, ends], -1), num_keys)
+        return _clip(
+            torch.cat([own, ends - self.summary], -1), torch.cat([own + self.stride, ends], -1), num_keys
+        )
 
     def counts(self, q: Tensor, limit: Tensor) -> Tensor:
         def summaries(x: Tensor) -> Tensor:
             x = x.clamp(min=0)
-            return x // self.stride * self.summary + (x % self.stride - self.stride + self.summary).clamp(min=0)
+            return x // self.stride * self.summary + (x % self.stride - self.stride + self.summary).clamp(
+                min=0
+            )
 
         low = (q.div(self.stride, rounding_mode="floor") * self.stride).clamp(min=0)
         up = torch.minimum(q.div(self.stride, rounding_mode="floor") * self.stride + self.stride, limit)

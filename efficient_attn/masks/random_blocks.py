@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 _GOLDEN = 0x9E3779B97F4A7C15
 
 

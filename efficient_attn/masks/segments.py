@@ -9,7 +9,9 @@ from torch import Tensor
 from ..inputs import check_positive, is_integer
 
 
-def segment_ids_from_cu_seqlens(cu_seqlens: Int[Tensor, " documents_plus_1"], total: int) -> Int[Tensor, "1 total"]:
+def segment_ids_from_cu_seqlens(
+    cu_seqlens: Int[Tensor, " documents_plus_1"], total: int
+) -> Int[Tensor, "1 total"]:
     """The segment ids of one packed row, from the cumulative document lengths that varlen kernels take.
 
     Position p belongs to document d where cu_seqlens[d] <= p < cu_seqlens[d + 1]; documents of length zero take

@@ -75,7 +75,9 @@ def create_mechanism(
     parameters = inspect.signature(cls).parameters
     unknown = [option for option in options if option not in parameters]
     if unknown:
-        raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; it has {', '.join(parameters)}")
+        raise TypeError(
+            f"{name} has no option {', '.join(map(repr, unknown))}; it has {', '.join(parameters)}"
+        )
     generic = {
         "num_heads": num_heads,
         "head_dim": head_dim,
@@ -83,7 +85,9 @@ def create_mechanism(
         "max_seq_len": max_seq_len,
         "is_causal": is_causal,
     }
-    given = {key: value for key, value in generic.items() if key in parameters and value is not None} | options
+    given = {
+        key: value for key, value in generic.items() if key in parameters and value is not None
+    } | options
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in given]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}: pass it to create_mechanism as an option")

@@ -143,7 +143,9 @@ class Mechanism(nn.Module, ABC):
         self._check_can_step()
         inputs.check_qkv(q, k, v)
         if q.shape[2] != k.shape[2]:
-            raise ValueError(f"q, k and v must have one length in step, got {q.shape[2]} queries, {k.shape[2]} keys")
+            raise ValueError(
+                f"q, k and v must have one length in step, got {q.shape[2]} queries, {k.shape[2]} keys"
+            )
         if key_mask is not None:
             inputs.check_key_mask(key_mask, k.shape[0], k.shape[2], k.device)
             k, v = zero_where_masked(key_mask, k, v)
@@ -185,7 +187,9 @@ class Mechanism(nn.Module, ABC):
         if phase == "decode":
             self._check_can_step()
         chosen = check_backend(self.backend if backend is None else backend, self.backends)
-        return self._cost(shape, training, phase, basis, self._default_backend() if chosen == "auto" else chosen)
+        return self._cost(
+            shape, training, phase, basis, self._default_backend() if chosen == "auto" else chosen
+        )
 
     def _default_backend(self) -> str:
         return self.backends[0].name
@@ -245,7 +249,9 @@ class Mechanism(nn.Module, ABC):
             inputs.check_key_mask(key_mask, batch, num_keys, k.device)
             k, v = zero_where_masked(key_mask, k, v)
         if segment_ids is not None:
-            self._refuse("segment_ids", self.supports_segments, "its pattern or projection counts from the start")
+            self._refuse(
+                "segment_ids", self.supports_segments, "its pattern or projection counts from the start"
+            )
             inputs.check_segment_ids(segment_ids, batch, num_keys, k.device)
         if attn_bias is not None:
             self._refuse("attn_bias", self.supports_bias, "only FullAttention adds a bias")
@@ -267,7 +273,9 @@ class Mechanism(nn.Module, ABC):
 
     def _check_can_step(self) -> None:
         if not self.is_causal:
-            raise ValueError(f"{type(self).__name__} is not causal: decoding (init_state, step) needs is_causal=True")
+            raise ValueError(
+                f"{type(self).__name__} is not causal: decoding (init_state, step) needs is_causal=True"
+            )
 
     def _check_state(self, k: Tensor, v: Tensor, state: State) -> None:
         expected = self._init_state(0, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)

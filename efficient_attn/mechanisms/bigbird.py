@@ -59,7 +59,9 @@ class BigBirdAttention(SoftmaxMechanism):
     ) -> None:
         check_positive("block_size", block_size)
         if check_positive("num_window_blocks", num_window_blocks) % 2 == 0:
-            raise ValueError(f"num_window_blocks must be odd (as many blocks on each side), got {num_window_blocks}")
+            raise ValueError(
+                f"num_window_blocks must be odd (as many blocks on each side), got {num_window_blocks}"
+            )
         check_positive("num_global_blocks", num_global_blocks, least=0)
         check_positive("num_random_blocks", num_random_blocks, least=0)
         check_positive("seed", seed, least=0)
@@ -67,7 +69,9 @@ class BigBirdAttention(SoftmaxMechanism):
         if num_global_blocks:
             mask = mask | GlobalTokens.first(num_global_blocks * block_size)
         if num_random_blocks:
-            mask = mask | RandomBlocks(block_size, num_random_blocks, seed, check_flag("is_causal", is_causal))
+            mask = mask | RandomBlocks(
+                block_size, num_random_blocks, seed, check_flag("is_causal", is_causal)
+            )
         if check_flag("is_causal", is_causal):
             mask = mask & Causal()
         super().__init__(mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)

@@ -95,7 +95,9 @@ class SoftmaxMechanism(Mechanism):
         valid = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
         outputs = [
             self._window_step(*chunk, state)
-            for chunk in zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), valid.split(size, 1), strict=True)
+            for chunk in zip(
+                q.split(size, 2), k.split(size, 2), v.split(size, 2), valid.split(size, 1), strict=True
+            )
         ]
         return torch.cat(outputs, 2), state
 
@@ -111,7 +113,10 @@ class SoftmaxMechanism(Mechanism):
         far = torch.arange(sinks, device=k.device).expand(len(near), -1)
         k_pos = torch.cat([far, near], 1)[:, None, :]
         q_pos = near[:, slots:, None]
-        present = torch.cat([state.sink_valid, state.valid & (near[:, :slots] >= sinks), valid & (near[:, slots:] >= sinks)], 1)
+        present = torch.cat(
+            [state.sink_valid, state.valid & (near[:, :slots] >= sinks), valid & (near[:, slots:] >= sinks)],
+            1,
+        )
         allowed = self.mask.allows(q_pos, k_pos) & present[:, None, :]
         keys, values = torch.cat([state.sink_k, state.k, k], 2), torch.cat([state.sink_v, state.v, v], 2)
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
@@ -120,7 +125,9 @@ class SoftmaxMechanism(Mechanism):
         return out
 
     def _cost(self, shape: Shape, training: bool, phase: str, basis: str, backend: str) -> Cost:
-        return softmax_cost(self.mask, shape, training, basis, backend) + Cost.of_state(self._state_bytes(shape))
+        return softmax_cost(self.mask, shape, training, basis, backend) + Cost.of_state(
+            self._state_bytes(shape)
+        )
 
     def _state_bytes(self, shape: Shape) -> int:
         if not self.is_causal:

@@ -53,4 +53,9 @@ class FlashAttention(SoftmaxMechanism):
 
     @classmethod
     def examples(cls, seq_len: int, num_heads: int, head_dim: int) -> list[Mechanism]:
-        return [cls(), cls(is_causal=True), cls(is_causal=True, scale=0.3, backend="blocked"), cls(backend="blocked")]
+        return [
+            cls(),
+            cls(is_causal=True),
+            cls(is_causal=True, scale=0.3, backend="blocked"),
+            cls(backend="blocked"),
+        ]

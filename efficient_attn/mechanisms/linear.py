@@ -27,7 +27,12 @@ class LinearAttention(LinearMechanism):
     """
 
     complexity = Complexity(
-        time="L*E**2", memory="L*E", decode_time="E**2", state="E**2", path="1", exactness="different operator"
+        time="L*E**2",
+        memory="L*E",
+        decode_time="E**2",
+        state="E**2",
+        path="1",
+        exactness="different operator",
     )
 
     def __init__(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .. import inputs
 from ..complexity import Complexity, Cost, Shape
-from ..ops.compress import COMPRESSED_BACKENDS, CompressedProblem, compressed_cost, compressed_matrix
 from ..masks import Everything
+from ..ops.compress import COMPRESSED_BACKENDS, CompressedProblem, compressed_cost, compressed_matrix
 from .base import Mechanism
 
 SHARING = ("headwise", "key-value", "none")
@@ -46,7 +46,13 @@ class LinformerAttention(Mechanism):
     rows_sum_to_one = False
     anchored = True
     complexity = Complexity(
-        time="L*k*E", memory="L*E+k*E", decode_time="0", state="0", path="1", exactness="approximate", knob="rank"
+        time="L*k*E",
+        memory="L*E+k*E",
+        decode_time="0",
+        state="0",
+        path="1",
+        exactness="approximate",
+        knob="rank",
     )
     key_projection: nn.Parameter
     value_projection: nn.Parameter
@@ -83,7 +89,9 @@ class LinformerAttention(Mechanism):
         self.dropout_p = inputs.check_probability("dropout_p", dropout_p)
         shape = (max_seq_len, rank) if sharing != "none" else (kv_heads, max_seq_len, rank)
         self.key_projection = nn.Parameter(torch.empty(shape))
-        self.value_projection = self.key_projection if sharing == "key-value" else nn.Parameter(torch.empty(shape))
+        self.value_projection = (
+            self.key_projection if sharing == "key-value" else nn.Parameter(torch.empty(shape))
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,7 +112,9 @@ class LinformerAttention(Mechanism):
 
     def _check_sizes(self, name: str, num_keys: int, num_kv_heads: int) -> None:
         if self.max_seq_len is not None and num_keys > self.max_seq_len:
-            raise ValueError(f"{name} must have at most max_seq_len = {self.max_seq_len} positions, got {num_keys}")
+            raise ValueError(
+                f"{name} must have at most max_seq_len = {self.max_seq_len} positions, got {num_keys}"
+            )
         if self.num_kv_heads is not None and self.num_kv_heads != num_kv_heads:
             raise ValueError(
                 f"{name} must have num_kv_heads = {self.num_kv_heads} heads, each with its own projections "
@@ -146,5 +156,9 @@ class LinformerAttention(Mechanism):
         ]
 
     def extra_repr(self) -> str:
-        shown: dict[str, Any] = {"max_seq_len": self.max_seq_len, "num_heads": self.num_heads, "rank": self.rank}
+        shown: dict[str, Any] = {
+            "max_seq_len": self.max_seq_len,
+            "num_heads": self.num_heads,
+            "rank": self.rank,
+        }
         return ", ".join(f"{name}={value!r}" for name, value in {**shown, "sharing": self.sharing}.items())

@@ -95,5 +95,8 @@ def _global_mask(global_tokens: int | Sequence[int]) -> GlobalTokens:
     if isinstance(global_tokens, (str, bytes)) or not isinstance(global_tokens, Sequence):
         raise TypeError(f"global_tokens must be an int or a sequence of positions, got {global_tokens!r}")
     return GlobalTokens.at(
-        tuple(check_positive(f"global_tokens[{i}]", position, least=0) for i, position in enumerate(global_tokens))
+        tuple(
+            check_positive(f"global_tokens[{i}]", position, least=0)
+            for i, position in enumerate(global_tokens)
+        )
     )

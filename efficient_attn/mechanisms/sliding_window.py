@@ -68,7 +68,11 @@ class SlidingWindowAttention(SoftmaxMechanism):
 
     def exact_limit(self, seq_len: int) -> Mechanism | None:
         return type(self)(
-            max(seq_len, 1), num_sinks=self.num_sinks, is_causal=self.is_causal, scale=self.scale, backend=self.backend
+            max(seq_len, 1),
+            num_sinks=self.num_sinks,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            backend=self.backend,
         )
 
     @classmethod

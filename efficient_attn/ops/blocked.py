@@ -98,7 +98,14 @@ class _Walk:
     """The tiles of one group of rows: slices inputs, computes masked scores, draws dropout in a fixed order."""
 
     def __init__(
-        self, group: _Rows, mask: Mask, q: Tensor, k: Tensor, q_seg: Tensor | None, k_seg: Tensor | None, offset: int
+        self,
+        group: _Rows,
+        mask: Mask,
+        q: Tensor,
+        k: Tensor,
+        q_seg: Tensor | None,
+        k_seg: Tensor | None,
+        offset: int,
     ) -> None:
         self.offset = offset - group.start
         length, heads = q.shape[2], k.shape[1]
@@ -219,7 +226,9 @@ def backward(
         for group in _row_groups(structure, k_segment, k.shape[2]):
             walk = _Walk(group, structure, q, k, q_segment, k_segment, int(q_offset))
             values = group.keys(v, 2)
-            by_group = (rearrange(group.take(x), "b (h g) ... -> b h g ...", h=heads) for x in (grad, delta, lse, dq))
+            by_group = (
+                rearrange(group.take(x), "b (h g) ... -> b h g ...", h=heads) for x in (grad, delta, lse, dq)
+            )
             grad_g, delta_g, lse_g, dq_g = by_group
             dk_g, dv_g = torch.zeros_like(walk.k, dtype=dtype), torch.zeros_like(values, dtype=dtype)
             for tile in walk.tiles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..complexity import Cost, Flops, Shape
 from ..feature_maps import FeatureMap
 from ..inputs import accumulation_dtype
@@ -46,8 +48,12 @@ def softmax_cost(mask: Mask, shape: Shape, training: bool, basis: str, backend: 
     dense = shape.batch * shape.num_heads * shape.q_len * shape.kv_len * width
     workspace = 4 * dense
     if backend != "reference":
-        tile = shape.batch * shape.num_heads * min(TILE_ROWS, shape.q_len) * min(TILE_KEYS, shape.kv_len) * width
-        workspace = 4 * tile + (shape.out_numel + (shape.q_numel + shape.k_numel + shape.v_numel) * training) * width
+        tile = (
+            shape.batch * shape.num_heads * min(TILE_ROWS, shape.q_len) * min(TILE_KEYS, shape.kv_len) * width
+        )
+        workspace = (
+            4 * tile + (shape.out_numel + (shape.q_numel + shape.k_numel + shape.v_numel) * training) * width
+        )
     else:
         saved += dense * 2
     return Cost(
@@ -120,5 +126,44 @@ def _linear_saved(phi: FeatureMap, is_causal: bool, shape: Shape) -> int:
     if not is_causal:
         numbers += shape.batch * shape.num_kv_heads * size * values  # the state
     if phi.has_exponent:
-        numbers += 2 * keys if is_causal else keys * (size + 1)  # both exponents, or rescaled features and factor
+        numbers += (
+            2 * keys if is_causal else keys * (size + 1)
+        )  # both exponents, or rescaled features and factor
     return numbers
+
+
+def register_flop_formulas() -> None:
+    """Teach torch's FlopCounterMode what the package's operators multiply; call it before making the mode.
+
+    Not done on import, because torch.utils.flop_counter imports Triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    operators = torch.ops.efficient_attn
+    formulas = {
+        operators.blocked_forward: _blocked_forward_flops,
+        operators.blocked_backward: _blocked_backward_flops,
+        operators.linear_scan: _scan_flops,
+    }
+    for operator, formula in formulas.items():
+        if operator not in flop_registry:
+            register_flop_formula(operator)(formula)
+
+
+def _blocked_forward_flops(q, k, v, q_seg, k_seg, offset, seed, mask, *rest, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    pairs = q[0] * q[1] * tile_pairs(Mask.from_spec(mask), q[2], k[2])
+    return 2 * pairs * (q[3] + v[3])
+
+
+def _blocked_backward_flops(
+    grad, q, k, v, out, lse, q_seg, k_seg, offset, seed, mask, *rest, out_shape=None, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    pairs = q[0] * q[1] * tile_pairs(Mask.from_spec(mask), q[2], k[2])
+    return 2 * pairs * (3 * q[3] + 2 * v[3])
+
+
+def _scan_flops(q, k, v, *rest, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    batch, heads, groups, length, size = q
+    values, copies = v[4], k[2]
+    inside = groups * copies * scan_pairs(length) * (size + values)
+    return 2 * batch * heads * (inside + (groups + copies) * length * size * values)

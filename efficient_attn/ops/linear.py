@@ -173,7 +173,9 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, segment
     if exponent is not None:
         peak = -_running_maximum(_running_maximum(exponent, segment).flip(2), segment.flip(1)).flip(2)
         following = torch.cat([exponent[:, :, 1:], torch.full_like(exponent[:, :, :1], NOTHING)], 2)
-    same = torch.cat([segment[:, 1:] == segment[:, :-1], torch.zeros_like(segment[:, :1], dtype=torch.bool)], 1)
+    same = torch.cat(
+        [segment[:, 1:] == segment[:, :-1], torch.zeros_like(segment[:, :1], dtype=torch.bool)], 1
+    )
     if following is not None:
         following = torch.where(same[:, None], following, NOTHING)
     next_k = torch.where(same[:, None, None, :, None], k.roll(-1, 3), 0.0)
@@ -186,7 +188,13 @@ def _running_maximum(x: Tensor, segment: Tensor) -> Tensor:
     step = 1
     while step < x.shape[2]:
         same = (segment[:, step:] == segment[:, :-step])[:, None]
-        x = torch.cat([x[:, :, :step], torch.where(same, torch.maximum(x[:, :, step:], x[:, :, :-step]), x[:, :, step:])], 2)
+        x = torch.cat(
+            [
+                x[:, :, :step],
+                torch.where(same, torch.maximum(x[:, :, step:], x[:, :, :-step]), x[:, :, step:]),
+            ],
+            2,
+        )
         step *= 2
     return x
 

@@ -47,12 +47,22 @@ def forward(
             scores.masked_fill_(_hidden(sc, size, reverse, q.device), 0.0)
             y = scores.flatten(4, 5).flatten(2, 3) @ vc
             carried = (qc @ state).unflatten(2, (groups, size))
-            y = y.unflatten(2, (groups, size)).add_(carried * _state_weights(ac, sc, state_exponent, state_segment, q))
+            y = y.unflatten(2, (groups, size)).add_(
+                carried * _state_weights(ac, sc, state_exponent, state_segment, q)
+            )
             out[:, :, :, chunk] = y
 
             last = chunk.start if reverse else chunk.stop - 1
             state, state_exponent, state_segment = _advance(
-                state, state_exponent, state_segment, k[:, :, :, chunk], v[:, :, :, chunk], bc, segment, sc, last
+                state,
+                state_exponent,
+                state_segment,
+                k[:, :, :, chunk],
+                v[:, :, :, chunk],
+                bc,
+                segment,
+                sc,
+                last,
             )
     return out
 
@@ -67,7 +77,11 @@ def _hidden(segment: Tensor | None, size: int, reverse: bool, device: torch.devi
 
 
 def _state_weights(
-    a: Tensor | None, segment: Tensor | None, exponent: Tensor | None, state_segment: Tensor | None, like: Tensor
+    a: Tensor | None,
+    segment: Tensor | None,
+    exponent: Tensor | None,
+    state_segment: Tensor | None,
+    like: Tensor,
 ) -> Tensor:
     """How much each row of a chunk takes from the state of the chunks before: (B, H, 1, size, 1) or a scalar."""
     weights = torch.ones((), dtype=like.dtype, device=like.device)

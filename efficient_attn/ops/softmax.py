@@ -42,9 +42,7 @@ def _needs_dense_mask(p: SoftmaxProblem) -> bool:
 
 def _grouped(q: Tensor, k: Tensor) -> bool:
     # A branch, because while compiling the comparison itself is symbolic, and SDPA wants a bool.
-    if q.shape[1] != k.shape[1]:
-        return True
-    return False  # noqa: SIM103
+    return True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
 
 
 def sdpa(p: SoftmaxProblem) -> Tensor:
@@ -72,7 +70,9 @@ def sdpa(p: SoftmaxProblem) -> Tensor:
     )
 
 
-def attend_where(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, dropout_p: float) -> Tensor:
+def attend_where(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
     """Softmax attention where `allowed` (B or 1, 1, L, S): for the few keys of a decoding step."""
     if k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
@@ -102,7 +102,7 @@ def _refuse_sdpa(name: str, devices: tuple[str, ...], dtypes: tuple[torch.dtype,
         reasons = _refuse_dense_mask(p)
         device = p.q.device.type
         if device not in devices:
-            return [*reasons, f"runs on {' and '.join(devices)}, not {device}"]
+            reasons.append(f"runs on {' and '.join(devices)}, not {device}")
         if p.q.dtype not in dtypes and device == "cuda":
             reasons.append(f"does not take {p.q.dtype}")
         if p.q.shape[3] != p.v.shape[3]:
@@ -141,7 +141,7 @@ def _refuse_package(package: str) -> Callable[[SoftmaxProblem], list[str]]:
     def refuse(p: SoftmaxProblem) -> list[str]:
         reasons = _refuse_dense_mask(p)
         if importlib.util.find_spec(package) is None:
-            return [*reasons, f"{package} is not installed"]
+            reasons.append(f"{package} is not installed")
         if p.q.device.type != "cuda":
             reasons.append(f"runs on cuda, not {p.q.device.type}")
         if p.q.dtype not in (torch.float16, torch.bfloat16):
@@ -171,7 +171,9 @@ def _flash_attn(p: SoftmaxProblem) -> Tensor:
 
     q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
     causal = isinstance(p.mask, Causal) and not _last_query_alone(p)
-    return flash_attn_func(q, k, v, dropout_p=p.dropout_p, softmax_scale=p.scale, causal=causal).transpose(1, 2)
+    return flash_attn_func(q, k, v, dropout_p=p.dropout_p, softmax_scale=p.scale, causal=causal).transpose(
+        1, 2
+    )
 
 
 def _never(p: SoftmaxProblem) -> list[str]:
@@ -191,7 +193,9 @@ FULL_BACKENDS = (Backend("sdpa", sdpa, _never), REFERENCE)
 PATTERN_BACKENDS = (BLOCKED, REFERENCE)
 FLASH_BACKENDS = (
     Backend("sdpa_cudnn", _sdpa_only(SDPBackend.CUDNN_ATTENTION), _refuse_sdpa("cudnn", ("cuda",), _HALF)),
-    Backend("sdpa_flash", _sdpa_only(SDPBackend.FLASH_ATTENTION), _refuse_sdpa("flash", ("cuda", "cpu"), _HALF)),
+    Backend(
+        "sdpa_flash", _sdpa_only(SDPBackend.FLASH_ATTENTION), _refuse_sdpa("flash", ("cuda", "cpu"), _HALF)
+    ),
     Backend(
         "sdpa_efficient",
         _sdpa_only(SDPBackend.EFFICIENT_ATTENTION),

@@ -39,4 +39,6 @@ def within_budget(
     share = 2.0 if actual.dtype == torch.float32 else 1.1
     floor = torch.finfo(actual.dtype).eps * exact.abs().mean() / 4
     if mean and error.mean() > share * budget.mean() + floor:
-        raise LawViolation(f"{what}: mean error {error.mean():.3g}, plain torch has {budget.mean():.3g} (x {share:g})")
+        raise LawViolation(
+            f"{what}: mean error {error.mean():.3g}, plain torch has {budget.mean():.3g} (x {share:g})"
+        )

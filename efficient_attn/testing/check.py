@@ -31,7 +31,9 @@ class LawReport:
         return sum(self.held.values())
 
     def __str__(self) -> str:
-        lines = [f"{self.mechanism}: {len(self.held)} laws hold in {self.cases} cases, {len(self.broken)} broken"]
+        lines = [
+            f"{self.mechanism}: {len(self.held)} laws hold in {self.cases} cases, {len(self.broken)} broken"
+        ]
         lines += [f"  broken  {name}: {message}" for name, message in self.broken.items()]
         lines += [f"  holds   {name} ({cases} cases)" for name, cases in self.held.items()]
         lines += [f"  n/a     {name}" for name in self.inapplicable]

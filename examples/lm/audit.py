@@ -2,8 +2,8 @@
 
 A teacher-forced score only means something if no position looks ahead. A leak does not show in that score,
 for it makes it better, and often not in the gradients. It shows when the future is taken away: the same
-weights at the same positions, every byte after t replaced by another. A model that does not look ahead gives the same
-logits up to t, bit for bit.
+weights at the same positions, every byte after t replaced by another. A model that does not look ahead gives
+the same logits up to t, bit for bit.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ def sees_no_future(mechanism: Mechanism) -> int:
             for cut in _CUTS:
                 for factor in (1.0, 10.0, 1000.0):
                     others = sample(m, dtype=dtype, seed=1)
-                    changed = [torch.cat([a[:, :, :cut], b[:, :, cut:] * factor], 2) for a, b in zip((q, k, v), others)]
+                    changed = [
+                        torch.cat([a[:, :, :cut], b[:, :, cut:] * factor], 2)
+                        for a, b in zip((q, k, v), others, strict=True)
+                    ]
                     after = m(*changed, key_mask=mask)
                     what = f"outputs before {cut} with the future x{factor:g}, {dtype}"
                     expect_identical(after[:, :, :cut], before[:, :, :cut], what)
@@ -53,7 +56,9 @@ def matrix_is_lower_triangular(mechanism: Mechanism) -> int:
     expect(bool((m.matrix(q, k).triu(1) == 0).all()), "a weight above the diagonal")
     for offset in (0, 3, LENGTH - 6):
         matrix = m.matrix(q[:, :, :6], k, q_offset=offset)
-        expect(bool((matrix.triu(offset + 1) == 0).all()), f"a weight above the diagonal at q_offset {offset}")
+        expect(
+            bool((matrix.triu(offset + 1) == 0).all()), f"a weight above the diagonal at q_offset {offset}"
+        )
     return 4
 
 

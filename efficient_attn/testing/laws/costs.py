@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ...complexity import Shape
 from ...mechanisms import Mechanism
+from ...ops.costs import register_flop_formulas
 from ..counting import count, saved_bytes
 from ..sampling import HEAD_DIM, LENGTH, V_HEAD_DIM, in_dtype, lengths, sample
 from .law import expect, law
@@ -31,7 +33,9 @@ def model_flops_are_the_pairs_of_the_matrix(mechanism: Mechanism) -> int:
         pairs = int((m.matrix(q, k) > 0).sum())
         flops = m.cost(_shape(m, q_len, kv_len, torch.float64), training=True).flops
         each = 2 * (HEAD_DIM + V_HEAD_DIM)
-        expect(flops.forward == pairs * each, f"declared {flops.forward}, {pairs} pairs at {q_len} x {kv_len}")
+        expect(
+            flops.forward == pairs * each, f"declared {flops.forward}, {pairs} pairs at {q_len} x {kv_len}"
+        )
         expect(flops.backward == 2 * pairs * each, f"backward {flops.backward} at {q_len} x {kv_len}")
         cases += 1
     return cases
@@ -52,7 +56,9 @@ def hardware_flops_are_counted(mechanism: Mechanism) -> int:
             cost = m.cost(_shape(m, q_len, kv_len, torch.float32), basis="hardware", backend=backend.name)
             what = f"{backend.name}, {q_len} x {kv_len}"
             expect(counted == cost.flops.forward, f"counted {counted}, declared {cost.flops.forward}: {what}")
-            expect(sum(cost.terms.values()) == cost.flops.forward, f"the terms do not sum to the whole: {what}")
+            expect(
+                sum(cost.terms.values()) == cost.flops.forward, f"the terms do not sum to the whole: {what}"
+            )
             cases += 1
     return cases
 
@@ -75,6 +81,36 @@ def training_flops_are_counted(mechanism: Mechanism) -> int:
 
 
 @law()
+def torch_flops_are_what_torch_counts(mechanism: Mechanism) -> int:
+    """In the basis "torch", the FLOPs are those of FlopCounterMode, on meta tensors, where it sees every product."""
+    register_flop_formulas()
+    cases = 0
+    m = in_dtype(mechanism, torch.float32).to("meta")
+    m.backend = m._default_backend()
+    for length in lengths(m):
+        inputs = [x.detach().to("meta").requires_grad_() for x in sample(m, length, v_head_dim=HEAD_DIM)]
+        inputs = [x.float().detach().requires_grad_() for x in inputs]
+        with FlopCounterMode(display=False) as forward:
+            out = m(*inputs)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        flops = m.cost(_shape(m, length, length, torch.float32, HEAD_DIM), training=True, basis="torch").flops
+        for name, mode, declared in (
+            ("forward", forward, flops.forward),
+            ("backward", backward, flops.backward),
+        ):
+            counted = mode.get_total_flops()
+            # On meta torch takes its unfused attention, which recomputes nothing.
+            if m.backend == "sdpa" and name == "backward":
+                declared -= m.cost(
+                    _shape(m, length, length, torch.float32, HEAD_DIM), training=True, basis="hardware"
+                ).flops.recompute
+            expect(counted == declared, f"{name}: counted {counted}, declared {declared} at length {length}")
+            cases += 1
+    return cases
+
+
+@law()
 def saved_bytes_are_measured(mechanism: Mechanism) -> int:
     """What autograd keeps between forward and backward has the declared size, each storage counted once."""
     cases = 0
@@ -86,7 +122,9 @@ def saved_bytes_are_measured(mechanism: Mechanism) -> int:
             others = tuple(m.parameters()) + tuple(m.buffers())
             measured = saved_bytes(lambda m=m, inputs=inputs: m(*inputs), besides=others)
             declared = m.cost(_shape(m, length, length, dtype, HEAD_DIM), training=True).saved_bytes
-            expect(measured == declared, f"{measured} bytes kept, declared {declared}: length {length}, {dtype}")
+            expect(
+                measured == declared, f"{measured} bytes kept, declared {declared}: length {length}, {dtype}"
+            )
             cases += 1
     return cases
 

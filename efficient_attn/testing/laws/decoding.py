@@ -58,10 +58,19 @@ def state_size_is_declared(mechanism: Mechanism) -> int:
             new = slice(length - 1, length)
             _, state = m.step(q[:, :, new], k[:, :, new], v[:, :, new], state)
             shape = Shape(
-                2, q.shape[1], 1, length, q.shape[3], num_kv_heads=k.shape[1], v_head_dim=V_HEAD_DIM, dtype=dtype
+                2,
+                q.shape[1],
+                1,
+                length,
+                q.shape[3],
+                num_kv_heads=k.shape[1],
+                v_head_dim=V_HEAD_DIM,
+                dtype=dtype,
             )
             declared = m.cost(shape, phase="decode").state_bytes
-            expect(state.nbytes == declared, f"{state.nbytes} bytes after {length} tokens, declared {declared}")
+            expect(
+                state.nbytes == declared, f"{state.nbytes} bytes after {length} tokens, declared {declared}"
+            )
             cases += 1
     return cases
 

@@ -22,7 +22,9 @@ def _compare(mechanism: Mechanism, q_len: int, kv_len: int, masks: dict, what: s
         expected = mechanism.matrix(q, k, **masks) @ expand_heads(v, q.shape[1])
         expect_close(out, expected, f"output, {what}")
         weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
-        pairs = zip("qkv", _gradients(out, (q, k, v), weight), _gradients(expected, (q, k, v), weight), strict=True)
+        pairs = zip(
+            "qkv", _gradients(out, (q, k, v), weight), _gradients(expected, (q, k, v), weight), strict=True
+        )
         for name, actual, wanted in pairs:
             expect_close(actual, wanted, f"gradient of {name}, {what}", 1e-8)
 
@@ -35,7 +37,12 @@ def equals_its_matrix(mechanism: Mechanism) -> int:
         _compare(m, length, length, {}, f"length {length}")
         _compare(m, length, length, {"key_mask": holes(length)}, f"length {length}, key_mask")
         cases += 2
-    for q_len, kv_len, offset in ((5, LENGTH, None), (5, LENGTH, 9), (9, 6, 0), (1, LENGTH, torch.tensor(20))):
+    for q_len, kv_len, offset in (
+        (5, LENGTH, None),
+        (5, LENGTH, 9),
+        (9, 6, 0),
+        (1, LENGTH, torch.tensor(20)),
+    ):
         masks = {"q_offset": offset, "key_mask": holes(kv_len)}
         _compare(m, q_len, kv_len, masks, f"{q_len} queries, {kv_len} keys, q_offset {offset}")
         cases += 1
@@ -53,7 +60,9 @@ def honours_bias(mechanism: Mechanism) -> int:
     for shape in ((2, 4, 12, 12), (4, 12, 12), (1, 1, 12, 12), (2, 1, 1, 12), (12, 12)):
         bias = torch.randn(shape, generator=generator, dtype=torch.float64)
         for value in (bias, bias > -1, bias.masked_fill(bias < -1, -torch.inf)):
-            _compare(m, 12, 12, {"attn_bias": value, "key_mask": holes(12)}, f"attn_bias {shape} {value.dtype}")
+            _compare(
+                m, 12, 12, {"attn_bias": value, "key_mask": holes(12)}, f"attn_bias {shape} {value.dtype}"
+            )
     return 15
 
 
@@ -82,7 +91,9 @@ def rows_sum_to_one(mechanism: Mechanism) -> int:
             sums = matrix.sum(-1)
             expect(bool((matrix >= 0).all()), f"a negative weight at length {length}")
             nothing = (matrix == 0).all(-1)
-            expect_close(sums, torch.where(nothing, 0.0, torch.ones_like(sums)), f"row sums at length {length}")
+            expect_close(
+                sums, torch.where(nothing, 0.0, torch.ones_like(sums)), f"row sums at length {length}"
+            )
     return 3 * len(lengths(m))
 
 

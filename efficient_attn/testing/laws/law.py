@@ -47,16 +47,22 @@ def expect(holds: bool, message: str) -> None:
 
 def expect_identical(actual: Tensor, expected: Tensor, what: str) -> None:
     """Bit for bit equal, NaN nowhere."""
-    expect(actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
+    expect(
+        actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    )
     expect(bool(torch.isfinite(actual).all()), f"{what}: not finite")
     if not torch.equal(actual, expected):
         difference = (actual.double() - expected.double()).abs()
-        raise LawViolation(f"{what}: {int((difference > 0).sum())} entries differ, by up to {difference.max():.3g}")
+        raise LawViolation(
+            f"{what}: {int((difference > 0).sum())} entries differ, by up to {difference.max():.3g}"
+        )
 
 
 def expect_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
     """Within `tolerance` of the largest expected magnitude (or of 1): for the fp64 comparisons."""
-    expect(actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
+    expect(
+        actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    )
     if actual.numel() == 0:
         return
     expect(bool(torch.isfinite(actual).all()), f"{what}: not finite")

@@ -32,7 +32,9 @@ def padding_content_is_invisible(mechanism: Mechanism) -> int:
             for name, actual, expected in zip(("output", "dq", "dk", "dv"), result, results[0], strict=True):
                 expect_identical(actual, expected, f"{name} with {content} at masked keys, {dtype}")
         for name, x in (("k", results[0][2]), ("v", results[0][3])):
-            expect(bool((x.transpose(1, 2)[~mask] == 0).all()), f"the gradient of a masked {name} is not zero")
+            expect(
+                bool((x.transpose(1, 2)[~mask] == 0).all()), f"the gradient of a masked {name} is not zero"
+            )
     return 2 * len(_CONTENTS)
 
 
@@ -44,7 +46,9 @@ def masked_keys_have_no_weight(mechanism: Mechanism) -> int:
         q, k, _ = sample(m, length)
         mask = holes(length)
         matrix = m.matrix(q, k, key_mask=mask)
-        expect(bool((matrix.permute(0, 3, 1, 2)[~mask] == 0).all()), f"weight on a masked key, length {length}")
+        expect(
+            bool((matrix.permute(0, 3, 1, 2)[~mask] == 0).all()), f"weight on a masked key, length {length}"
+        )
         cases += 1
     return cases
 
@@ -124,7 +128,9 @@ def interleaved_segments_are_isolated(mechanism: Mechanism) -> int:
     out, matrix = m(q, k, v, segment_ids=segments), m.matrix(q, k, segment_ids=segments)
     across = (segments[:, :, None] != segments[:, None, :]) | (segments < 0)[:, None, :]
     expect(bool((matrix.permute(0, 2, 3, 1)[across] == 0).all()), "a weight across segments")
-    expect(bool((out.transpose(1, 2)[segments < 0] == 0).all()), "the output of a padding position is not zero")
+    expect(
+        bool((out.transpose(1, 2)[segments < 0] == 0).all()), "the output of a padding position is not zero"
+    )
     return 1
 
 

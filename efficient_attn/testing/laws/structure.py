@@ -121,7 +121,9 @@ def respects_autocast(mechanism: Mechanism) -> int:
         bound = 0.03 * outside.double().abs().max().item()
         expect(error <= bound, f"autocast moved {dtype} by {error:.3g}, allowed {bound:.3g}")
         grads = torch.autograd.grad(inside.float().sum(), inputs)
-        expect(all(bool(torch.isfinite(g).all()) for g in grads), f"gradients of {dtype} inputs under autocast")
+        expect(
+            all(bool(torch.isfinite(g).all()) for g in grads), f"gradients of {dtype} inputs under autocast"
+        )
     return 2
 
 

@@ -22,7 +22,10 @@ def runs_on_meta(mechanism: Mechanism) -> int:
     out = m(*inputs)
     expect(out.shape == (2, HEADS, LENGTH, V_HEAD_DIM) and out.dtype == torch.bfloat16, f"output {out}")
     grads = torch.autograd.grad(out.sum(), inputs)
-    expect(all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, inputs, strict=True)), "gradients")
+    expect(
+        all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, inputs, strict=True)),
+        "gradients",
+    )
     return 1
 
 
@@ -40,7 +43,9 @@ def compiles_to_one_graph(mechanism: Mechanism) -> int:
             out, expected = compiled(*inputs, key_mask=mask), m(*inputs, key_mask=mask)
             expect_close(out, expected, f"length {length}")
             for a, b in zip(
-                torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+                torch.autograd.grad(out.sum(), inputs),
+                torch.autograd.grad(expected.sum(), inputs),
+                strict=True,
             ):
                 expect_close(a, b, f"gradients at length {length}")
         expect(counter.frame_count == 1, f"{counter.frame_count} graphs for four lengths")
