@@ -61,11 +61,13 @@ def draw(path: Path) -> None:
     for name, panels in zip(MECHANISMS, cells, strict=False):
         options = OPTIONS.get(name, {})
         caption = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        panels[0].set_title(name, loc="left", fontsize=15, weight="bold", color=INK, pad=20)
-        panels[0].text(0, 1.03, caption, transform=panels[0].transAxes, fontsize=9.5, color=FAINT)
+        panels[0].set_title(name, loc="left", fontsize=16, weight="bold", color=INK, pad=20)
+        panels[0].text(0, 1.03, caption, transform=panels[0].transAxes, fontsize=11, color=FAINT)
         for panel, is_causal in zip(panels, (False, True), strict=True):
-            mechanism = build(name, LENGTH, OPTIONS.get(name), is_causal=is_causal)
-            panel.set_xlabel("is_causal=True" if is_causal else "is_causal=False", fontsize=9.5, color=FAINT)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                mechanism = build(name, LENGTH, OPTIONS.get(name), is_causal=is_causal)
+            panel.set_xlabel("is_causal=True" if is_causal else "is_causal=False", fontsize=11, color=FAINT)
             if mechanism is None:
                 panel.text(0.5, 0.5, "refused", ha="center", va="center", fontsize=12, color=FAINT)
                 continue
@@ -74,10 +76,10 @@ def draw(path: Path) -> None:
     assert shown is not None, "no mechanism to draw"
     bar = figure.colorbar(shown, cax=scale, orientation="horizontal")
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9.5, colors=FAINT)
+    bar.ax.tick_params(labelsize=11, colors=FAINT)
     bar.set_label(
         "|weight|, relative to the largest of its row; white is exactly 0. Rows are queries, columns are keys.",
-        fontsize=11,
+        fontsize=12,
         color=INK,
     )
     figure.savefig(path)
@@ -112,8 +114,8 @@ def _relative(weights: Tensor) -> Tensor:
 
 
 def _blues() -> ListedColormap:
-    """matplotlib's Blues without its palest tenth: every weight differs from the white of no weight."""
-    return ListedColormap(colormaps["Blues"](torch.linspace(0.1, 1, 256).numpy()))
+    """matplotlib's Blues without its palest sixth: every weight differs from the white of no weight."""
+    return ListedColormap(colormaps["Blues"](torch.linspace(0.17, 1, 256).numpy()))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class Mechanism(nn.Module, ABC):
     """Whether each row of `matrix` sums to 1, or to 0 where nothing may be attended to."""
     anchored: bool = False
     """Whether the pattern counts from each row's first valid key."""
+    largest_input: float = 65504.0
+    """Inputs up to this magnitude give finite outputs and gradients, if the dtype holds the exact ones."""
     max_seq_len: int | None = None
     """The most keys that it takes, if there is a limit."""
     num_kv_heads: int | None = None

@@ -140,6 +140,12 @@ def everywhere(mechanism: Mechanism, change: Callable[[Any], dict[str, Any]]) ->
     return broken(mechanism, _problem=_problem)
 
 
+def problem_of(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any]) -> Any:
+    """The problem that `forward` would pose."""
+    names = ("key_mask", "segment_ids", "q_offset", "attn_bias")
+    return mechanism._problem(q, k, v, *(masks.get(name) for name in names))
+
+
 def with_mask(mask: Any) -> dict[str, Any]:
     """The fields of a softmax problem that say its pattern."""
     return {"mask": mask, "mask_spec": mask.spec()}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ...mechanisms import Mechanism
-from ..sampling import LENGTH, expand_heads, holes, in_dtype, sample
+from .. import sampling
+from ..sampling import HEAD_DIM, LENGTH, expand_heads, holes, in_dtype
 from .law import expect, expect_identical, law
+
+# Equal head sizes, so that fused kernels take part; the other laws have unequal ones.
+sample = partial(sampling.sample, v_head_dim=HEAD_DIM)
 
 
 @law()
@@ -46,11 +52,12 @@ def error_is_within_budget(mechanism: Mechanism) -> int:
 
 @law()
 def stays_finite(mechanism: Mechanism) -> int:
-    """Inputs at 30 and 1000 times their scale, and at the largest fp16 number, give finite outputs and gradients."""
+    """Inputs at 30 and 1000 times their scale, and at the largest fp16 number unless the mechanism declares less,
+    give finite outputs and gradients."""
     cases = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         m = in_dtype(mechanism, dtype)
-        for factor in (30.0, 1000.0, 65504.0):
+        for factor in (x for x in (30.0, 1000.0, 65504.0) if x <= m.largest_input):
             inputs = [x.detach().clamp(-1, 1) * factor for x in sample(m, dtype=torch.float64)]
             inputs = [x.to(dtype).requires_grad_() for x in inputs]
             out = m(*inputs)
