@@ -42,7 +42,7 @@ class Complexity:
         import sympy
 
         symbols = {letter: sympy.Symbol(letter, positive=True) for letter in "LEwgsbrmk"}
-        return sympy.sympify(getattr(self, name), locals=symbols)
+        return sympy.sympify(getattr(self, name), locals=symbols)  # pyright: ignore[reportCallIssue]
 
     def degree(self, name: str) -> float:
         """The exponent of L in the formula `name`, its other symbols held fixed."""

@@ -51,6 +51,8 @@ class Mechanism(nn.Module, ABC):
     """Whether each row of `matrix` sums to 1, or to 0 where nothing may be attended to."""
     anchored: bool = False
     """Whether the pattern counts from each row's first valid key."""
+    dropout_p: float | None = None
+    """Probability of dropping a weight in training mode; None if there are no weights to drop."""
     largest_input: float = 65504.0
     """Inputs up to this magnitude give finite outputs and gradients, if the dtype holds the exact ones."""
     max_seq_len: int | None = None

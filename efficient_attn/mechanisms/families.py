@@ -63,7 +63,7 @@ class SoftmaxMechanism(Mechanism):
         return softmax_matrix(self._problem(q, k, k, key_mask, segment_ids, q_offset, attn_bias))
 
     def _dropout(self) -> float:
-        return self.dropout_p if self.training else 0.0
+        return self.dropout_p or 0.0 if self.training else 0.0
 
     def _init_state(
         self, batch: int, heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: Any

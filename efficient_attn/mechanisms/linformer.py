@@ -107,7 +107,7 @@ class LinformerAttention(Mechanism):
             mask=Everything(),
             key_projection=self.key_projection,
             value_projection=self.value_projection,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=self.dropout_p or 0.0 if self.training else 0.0,
         )
 
     def _check_sizes(self, name: str, num_keys: int, num_kv_heads: int) -> None:

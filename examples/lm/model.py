@@ -25,7 +25,7 @@ class Settings:
     num_layers: int = 2
     num_heads: int = 4
     batch_size: int = 2
-    steps: int = 640
+    steps: int = 480
     learning_rate: float = 3e-3
     evaluations: int = 8
     windows: int = 32
@@ -216,6 +216,6 @@ def _initialise(model: LanguageModel, settings: Settings) -> None:
             if weight.dim() == 1:
                 weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 continue
-            writes_residual = name.endswith(("out_proj.weight", "mlp.2.weight"))
-            std = 1 / math.sqrt(weight.shape[1]) if weight.shape[0] != VOCABULARY else 0.02
-            weight.normal_(0, std * (residual if writes_residual else 1.0), generator=generator)
+            std = {"embedding.weight": 0.5, "head.weight": 0.02}.get(name, 1 / math.sqrt(weight.shape[1]))
+            writes_to_stream = name.endswith(("out_proj.weight", "mlp.2.weight"))
+            weight.normal_(0, std * (residual if writes_to_stream else 1.0), generator=generator)

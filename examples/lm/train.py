@@ -24,7 +24,7 @@ from . import DemoError
 from .data import Corpus, count_characters
 from .model import LanguageModel, Settings, build_model, mechanism_options
 
-WARMUP = 0.1
+WARMUP = 0.05
 FINAL_RATE = 0.1
 MAX_GRADIENT_NORM = 1.0
 

@@ -143,7 +143,11 @@ def dropout_has_its_own_generator(m):
 @defect(
     "a Python branch on data",
     "window",
-    {"compiles_to_one_graph": "Unsupported|data-dependent", "exports": "data-dependent|Could not", "runs_on_meta": "meta"},
+    {
+        "compiles_to_one_graph": "Unsupported|data-dependent",
+        "exports": "data-dependent|Could not",
+        "runs_on_meta": "meta",
+    },
     missed=("equals_its_matrix", "stays_finite"),
 )
 def branches_on_data(m):
@@ -167,7 +171,9 @@ def recompiles_for_each_length(m):
     cls = type(m)
 
     def forward(self, q, k, v, **masks):
-        return cls.forward(self, q, k, v, **masks) + 0.0 * int(q.shape[2]).bit_length() * int(str(int(q.shape[2])))
+        return cls.forward(self, q, k, v, **masks) + 0.0 * int(q.shape[2]).bit_length() * int(
+            str(int(q.shape[2]))
+        )
 
     return broken(m, forward=forward)
 

@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficient_attn.masks import BlockWindow, Causal, Everything, GlobalTokens, Mask, RandomBlocks, Window, random_blocks
+from efficient_attn.masks import (
+    BlockWindow,
+    Causal,
+    Everything,
+    GlobalTokens,
+    Mask,
+    RandomBlocks,
+    Window,
+    random_blocks,
+)
 from efficient_attn.ops.dense import safe_softmax
 
 from .defect import (
@@ -327,13 +336,8 @@ def bias_is_scaled_with_the_scores(m):
     missed=("equals_the_paper", "equals_full_attention_at_its_limit"),
 )
 def keys_beyond_the_first_tile_are_dropped(m):
-    return before_fast_path(
-        m, lambda p: {"k": p.k[:, :, :1024], "v": p.v[:, :, :1024], "key_mask": first_tile(p)}
-    )
+    def change(p):
+        key_mask = None if p.key_mask is None else p.key_mask[:, :1024]
+        return {"k": p.k[:, :, :1024], "v": p.v[:, :, :1024], "key_mask": key_mask}
 
-
-def first_tile(p: Any) -> Tensor | None:
-    return None if p.key_mask is None else p.key_mask[:, :1024]
-
-
-assert expand_heads
+    return before_fast_path(m, change)

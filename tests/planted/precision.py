@@ -90,7 +90,9 @@ def gradient_of_k_misses_the_normaliser(m):
     def run(p):
         q, k = (torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0))) for x in (p.q, p.k))
         weights = torch.where(allowed_pairs(p), q @ expand_heads(k, p.q.shape[1]).mT, 0.0)
-        total = torch.where(allowed_pairs(p), q @ expand_heads(k.detach(), p.q.shape[1]).mT, 0.0).sum(-1, True)
+        total = torch.where(allowed_pairs(p), q @ expand_heads(k.detach(), p.q.shape[1]).mT, 0.0).sum(
+            -1, True
+        )
         return apply(weights / torch.where(total == 0, 1.0, total), p)
 
     return fast_path(m, run)
@@ -132,7 +134,9 @@ def sums_are_taken_in_any_order(m):
 )
 def strides_are_ignored(m):
     def change(p):
-        return {name: torch.as_strided(x, x.shape, _contiguous(x.shape)) for name, x in (("q", p.q), ("k", p.k))}
+        return {
+            name: torch.as_strided(x, x.shape, _contiguous(x.shape)) for name, x in (("q", p.q), ("k", p.k))
+        }
 
     return before_fast_path(m, change)
 

@@ -27,7 +27,8 @@ def _decode(
     for size in sizes:
         part = slice(start, start + size)
         key_mask = None if mask is None else mask[:, part]
-        out, state = m.step(*(x[:, :, part] for x in inputs), state, key_mask=key_mask)
+        q, k, v = (x[:, :, part] for x in inputs)
+        out, state = m.step(q, k, v, state, key_mask=key_mask)
         outputs.append(out)
         start += size
     return torch.cat(outputs, 2), state

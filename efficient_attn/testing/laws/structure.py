@@ -141,7 +141,7 @@ def works_under_checkpointing(mechanism: Mechanism) -> int:
     return 1
 
 
-@law(lambda m: getattr(m, "dropout_p", None) is not None)
+@law(lambda m: m.dropout_p is not None)
 def dropout_is_dropout(mechanism: Mechanism) -> int:
     """Off in evaluation; repeatable by seed; unbiased; its gradient is that of the weights that were kept."""
     m = in_dtype(mechanism, torch.float64)
