@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from tables import HEAD_DIM, build
+from tables import HEAD_DIM, assignments, build
 from torch import Tensor
 
 from efficient_attn import MECHANISMS
@@ -56,47 +57,47 @@ def draw(path: Path) -> None:
     tokens = example()
     down = math.ceil(len(MECHANISMS) / PAIRS_ACROSS)
     figure = Figure(figsize=(12, 2.72 * down + 0.7), dpi=110, facecolor="white")
-    *cells, scale = _places(figure, down)
-    shown = None
-    for name, panels in zip(MECHANISMS, cells, strict=False):
-        options = OPTIONS.get(name, {})
-        caption = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        panels[0].set_title(name, loc="left", fontsize=16, weight="bold", color=INK, pad=20)
-        panels[0].text(0, 1.03, caption, transform=panels[0].transAxes, fontsize=11, color=FAINT)
-        for panel, is_causal in zip(panels, (False, True), strict=True):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                mechanism = build(name, LENGTH, OPTIONS.get(name), is_causal=is_causal)
-            panel.set_xlabel("is_causal=True" if is_causal else "is_causal=False", fontsize=11, color=FAINT)
-            if mechanism is None:
-                panel.text(0.5, 0.5, "refused", ha="center", va="center", fontsize=12, color=FAINT)
-                continue
-            weights = mechanism.double().matrix(tokens, tokens)[0, 0].detach().abs()
-            shown = panel.imshow(_relative(weights), cmap=_blues(), vmin=0, vmax=1)
-    assert shown is not None, "no mechanism to draw"
-    bar = figure.colorbar(shown, cax=scale, orientation="horizontal")
+    *places, scale = _places(figure, len(MECHANISMS))
+    for name, panels in zip(MECHANISMS, places, strict=True):
+        _draw_mechanism(name, panels, tokens)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _blues()), cax=scale, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=11, colors=FAINT)
-    bar.set_label(
-        "|weight|, relative to the largest of its row; white is exactly 0. Rows are queries, columns are keys.",
-        fontsize=12,
-        color=INK,
-    )
+    legend = "|weight|, relative to the largest of its row; white is exactly 0. Rows are queries, columns are keys."
+    bar.set_label(legend, fontsize=12, color=INK)
     figure.savefig(path)
 
 
-def _places(figure: Figure, down: int) -> list[Any]:
-    """The pairs of panels, row by row, and then the place of the scale."""
+def _draw_mechanism(name: str, panels: list[Axes], tokens: Tensor) -> None:
+    options = OPTIONS.get(name)
+    caption: list[str] = []
+    for panel, is_causal in zip(panels, (False, True), strict=True):
+        panel.set_xlabel(f"is_causal={is_causal}", fontsize=11, color=FAINT)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            mechanism = build(name, LENGTH, options, is_causal=is_causal)
+        if mechanism is None:
+            panel.text(0.5, 0.5, "refused", ha="center", va="center", fontsize=12, color=FAINT)
+            continue
+        weights = mechanism.double().matrix(tokens, tokens)[0, 0].detach().abs()
+        panel.imshow(_relative(weights), cmap=_blues(), vmin=0, vmax=1)
+        caption = assignments(mechanism, options)
+    panels[0].set_title(name, loc="left", fontsize=16, weight="bold", color=INK, pad=20)
+    panels[0].text(0, 1.03, ", ".join(caption), transform=panels[0].transAxes, fontsize=11, color=FAINT)
+
+
+def _places(figure: Figure, count: int) -> list[Any]:
+    """`count` pairs of panels, row by row, and then the place of the scale."""
     width, height = figure.get_size_inches()
-    size, gap, margin, head = 1.82, 0.12, 0.15, 0.52
+    size, gap, margin, head = 1.82, 0.12, 0.15, 0.57
     step = (width - 2 * margin + 0.14) / PAIRS_ACROSS
     places: list[Any] = []
-    for row in range(down):
-        bottom = height - row * 2.72 - head - size - 0.05
-        for column in range(PAIRS_ACROSS):
-            lefts = [margin + column * step + side * (size + gap) for side in (0, 1)]
-            boxes = [(left / width, bottom / height, size / width, size / height) for left in lefts]
-            places.append([_frame(figure.add_axes(box)) for box in boxes])
+    for index in range(count):
+        row, column = divmod(index, PAIRS_ACROSS)
+        bottom = height - row * 2.72 - head - size
+        lefts = [margin + column * step + side * (size + gap) for side in (0, 1)]
+        boxes = [(left / width, bottom / height, size / width, size / height) for left in lefts]
+        places.append([_frame(figure.add_axes(box)) for box in boxes])
     return [*places, figure.add_axes((0.3, 0.5 / height, 0.4, 0.13 / height))]
 
 
@@ -107,10 +108,10 @@ def _frame(axes: Axes) -> Axes:
     return axes
 
 
-def _relative(weights: Tensor) -> Tensor:
+def _relative(weights: Tensor) -> Any:
     """Each row over its largest entry, and NaN where a weight is exactly zero."""
     largest = weights.amax(1, keepdim=True)
-    return torch.where(weights == 0, torch.nan, weights / largest)
+    return torch.where(weights == 0, torch.nan, weights / largest).numpy()
 
 
 def _blues() -> ListedColormap:

@@ -79,9 +79,8 @@ def counted_table() -> str:
         if causal:
             one = causal.cost(Shape(1, HEADS, 1, LENGTH, HEAD_DIM), phase="decode")
             counts[2:] = [one.flops.forward, one.state_bytes]
-        rows.append(
-            [f"`{name}`", shown_options(name, mechanism), *(f"{n:,}" if n else "none" for n in counts)]
-        )
+        shown = [f"`{each}`" for each in assignments(mechanism, options)] + ["not causal"] * (not causal)
+        rows.append([f"`{name}`", ", ".join(shown), *(f"{n:,}" if n else "none" for n in counts)])
     return markdown(["mechanism", "options", *COUNTED], rows, numbers=len(COUNTED))
 
 
@@ -102,11 +101,12 @@ def how_many(answers: Iterable[bool]) -> str:
     return "in part" if len(found) == 2 else "yes" if True in found else "no"
 
 
-def shown_options(name: str, mechanism: Mechanism) -> str:
+def assignments(mechanism: Mechanism, options: Mapping[str, Any] | None) -> list[str]:
+    """The options that `mechanism` was built with, as one writes them; of an example, its knob."""
     knob = mechanism.complexity.knob
-    options = OPTIONS.get(name, {knob: getattr(mechanism, knob, None)} if knob else {})
-    shown = [f"`{key}={value!r}`" for key, value in options.items()]
-    return ", ".join(shown if mechanism.is_causal else [*shown, "not causal"])
+    if options is None:
+        options = {knob: getattr(mechanism, knob)} if knob else {}
+    return [f"{key}={value!r}" for key, value in options.items()]
 
 
 def formula(text: str) -> str:

@@ -369,3 +369,18 @@ def test_step_refuses_a_state_that_is_not_the_layers() -> None:
     inner = layer.mechanism.init_state(BATCH, HEADS, HEAD_DIM)
     with pytest.raises(TypeError, match="state must be a LayerState"):
         layer.step(tokens(), inner)
+
+
+@pytest.mark.parametrize("name", ["window", "linear"])
+def test_decoding_compiles_once(name: str) -> None:
+    torch._dynamo.reset()
+    layer = Attention(EMBED, HEADS, CAUSAL[name](), rotary=rope)
+    graphs: list[torch.fx.GraphModule] = []
+    step = torch.compile(layer.step, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    x, state, outs = tokens(), layer.init_state(BATCH), []
+    for token in x.split(1, dim=1):
+        out, state = step(token, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, dim=1), layer(x), atol=1e-6, rtol=1e-5)
+    # The first is for position 0, the second for every later one.
+    assert len(graphs) == 2

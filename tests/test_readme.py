@@ -11,8 +11,10 @@ import importlib
 import io
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -69,11 +71,14 @@ def png_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def test_every_example_runs_and_prints_what_is_shown(record_property: Any) -> None:
+def test_every_example_runs_and_prints_what_is_shown(
+    monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
     found = list(examples(README.read_text()))
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    module = ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)  # where pickle finds the classes defined there
     for example in found:
-        printed = run(example, namespace)
+        printed = run(example, vars(module))
         where = f"README.md, line {example.line}"
         if example.shown is None:
             assert printed == "", f"{where}: prints what the README does not show"

@@ -20,7 +20,7 @@ class Complexity:
         memory: numbers held beyond inputs and output, forward and backward.
         decode_time: multiply-accumulates of one more token after L.
         state: numbers kept between tokens; "0" if the mechanism cannot decode.
-        path: the most layers that information needs between two positions.
+        path: the layers that information needs between two far positions, without causality.
         exactness: one of `EXACTNESS`, against full softmax attention.
         knob: the constructor argument that trades cost for fidelity, if there is one.
     """

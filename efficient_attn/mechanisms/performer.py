@@ -15,7 +15,7 @@ class PerformerAttention(LinearMechanism):
         out_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j),   E[phi(q) . phi(k)] = exp(q . k / sqrt(E))
 
     Approximate: the kernel's error falls like 1 / sqrt(num_features), but its variance grows like
-    exp(|q + k|^2 / sqrt(E)), so at large norms it is no better than the mean of v; measure before you trust it.
+    exp(|q + k|^2 / sqrt(E)), so at large norms it is worse than the mean of v; measure before you trust it.
     The causal form sees no future in any bit and stays finite at any input scale: each key carries its own power
     of two. Time O(L m E), state O(m E). The projection is a function of `seed`, and never redrawn by itself.
     Choromanski et al., "Rethinking Attention with Performers", 2020, arXiv:2009.14794, section 2.

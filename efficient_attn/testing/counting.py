@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,9 +77,26 @@ def saved_bytes(run: Callable[[], Any], besides: tuple[Tensor, ...] = ()) -> int
 
 
 @contextmanager
-def untouched_rng():  # type: ignore[no-untyped-def]
-    """Raise AssertionError if torch's CPU generator moves inside."""
-    before = torch.get_rng_state()
-    yield
-    if not torch.equal(before, torch.get_rng_state()):
-        raise AssertionError("torch's random generator was used")
+def untouched_rng(when: str) -> Iterator[None]:
+    """Raise AssertionError if a global generator, torch's, Python's or NumPy's, moves inside; none has moved after."""
+    numpy = sys.modules.get("numpy")
+
+    def states() -> dict[str, str]:
+        found = {"torch": str(torch.get_rng_state().tolist()), "Python": str(random.getstate())}
+        return found if numpy is None else found | {"NumPy": str(numpy.random.get_state(legacy=False))}
+
+    kept = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        # From a state that no one who reseeds would fall upon.
+        for seed in (torch.manual_seed, random.seed, *([] if numpy is None else [numpy.random.seed])):
+            seed(987_654_321)
+        try:
+            before = states()
+            yield
+            used = [name for name, state in states().items() if state != before[name]]
+        finally:
+            random.setstate(kept[0])
+            if numpy is not None:
+                numpy.random.set_state(kept[1])
+    if used:
+        raise AssertionError(f"{' and '.join(used)}'s global random generator was used {when}")

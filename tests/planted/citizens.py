@@ -10,6 +10,7 @@ from torch import Tensor
 from efficient_attn import PerformerAttention
 from efficient_attn.feature_maps import Favor, orthogonal_gaussian
 from efficient_attn.ops.dense import safe_softmax
+from efficient_attn.testing.sampling import expand_heads
 
 from .defect import apply, broken, defect, fast_path, masked_scores
 
@@ -26,8 +27,8 @@ def redraw(feature_map: Favor) -> None:
     {
         "leaves_random_state_alone": "generator was used",
         "repeats_bit_for_bit": "output: .* entries differ",
-        "equals_its_matrix": "output",
     },
+    missed=("equals_its_matrix",),
 )
 def projection_is_redrawn_in_evaluation(m):
     cls = type(m)
@@ -87,6 +88,14 @@ def projection_is_not_in_the_state_dict(m):
     return m
 
 
+class FromTheGlobalGenerator(PerformerAttention):
+    """Draws its projection from the global generator, whatever its seed."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        redraw(self.feature_map)
+
+
 @defect(
     "performer-pytorch 1.1.4: features from the global generator differ between ranks",
     "performer",
@@ -94,13 +103,9 @@ def projection_is_not_in_the_state_dict(m):
     missed=("repeats_bit_for_bit", "survives_copies"),
 )
 def projection_comes_from_the_global_generator(m):
-    cls = type(m)
-
-    def __init__(self, *arguments, **options):
-        cls.__init__(self, *arguments, **options)
-        redraw(self.feature_map)
-
-    return broken(m, __init__=__init__)
+    m.__class__ = FromTheGlobalGenerator
+    redraw(m.feature_map)
+    return m
 
 
 def _dropped(p: Any, probability: float, rescale: bool, generator: torch.Generator | None = None) -> Tensor:
@@ -171,9 +176,8 @@ def recompiles_for_each_length(m):
     cls = type(m)
 
     def forward(self, q, k, v, **masks):
-        return cls.forward(self, q, k, v, **masks) + 0.0 * int(q.shape[2]).bit_length() * int(
-            str(int(q.shape[2]))
-        )
+        out = cls.forward(self, q, k, v, **masks)
+        return torch.cat([out[:, :, start : start + 16] for start in range(0, q.shape[2], 16)], 2)
 
     return broken(m, forward=forward)
 
@@ -191,8 +195,6 @@ def autocast_mixes_dtypes(m):
         return out.index_add(2, torch.arange(p.q.shape[2]), apply_in_autocast(weights, p))
 
     def apply_in_autocast(weights, p):
-        from efficient_attn.testing.sampling import expand_heads
-
         return weights @ expand_heads(p.v, p.q.shape[1])
 
     return fast_path(m, run)

@@ -76,7 +76,7 @@ def recomputation_is_not_declared(m):
 
 @defect(
     "the terms leave something out",
-    "linear_causal",
+    "window",
     {"hardware_flops_are_counted": "the terms do not sum"},
 )
 def terms_do_not_sum(m):

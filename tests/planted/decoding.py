@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficient_attn.inputs import accumulation_dtype
 from efficient_attn.ops.linear import linear_step
 from efficient_attn.state import KVState, LinearState, WindowState
 
@@ -80,10 +81,10 @@ def tokens_of_one_step_see_each_other(m):
 
 @dataclass
 class ForgetfulWindow(WindowState):
-    """Reorders what it holds, except for where each row began."""
+    """Reorders keys and values, and forgets which of them were valid."""
 
     def reorder(self, indices: Tensor) -> Any:
-        return replace(super().reorder(indices), anchor=self.anchor[: len(indices)].repeat(2)[: len(indices)])
+        return replace(super().reorder(indices), valid=self.valid.repeat(2, 1)[: len(indices)])
 
 
 @defect(
@@ -161,7 +162,8 @@ def state_is_kept_in_bf16(m):
         return replace(state, kv=state.kv.to(dtype))
 
     def _step(self, q, k, v, state, key_mask):
-        out, after = cls._step(self, q, k, v, replace(state, kv=state.kv.to(torch.float64)), key_mask)
+        wide = state.kv.to(accumulation_dtype(k.dtype))
+        out, after = cls._step(self, q, k, v, replace(state, kv=wide), key_mask)
         return out, replace(after, kv=after.kv.to(k.dtype))
 
     def _state_bytes(self, shape):

@@ -52,7 +52,7 @@ def key_mask_is_swallowed(m):
         "padded_equals_unpadded": "output of 31 tokens",
         "nothing_to_attend_to_gives_zero": "matrix of a fully masked row",
     },
-    missed=("equals_its_matrix", "padding_content_is_invisible"),
+    missed=("padding_content_is_invisible",),
 )
 def normaliser_counts_masked_keys(m):
     # The contract zeroes k and v at masked keys; elu(0) + 1 = 1 stays in the normaliser.
@@ -92,7 +92,7 @@ def sum_counts_masked_keys(m):
     "torch.nn.MultiheadAttention's key_padding_mask: True = may NOT be attended",
     "window",
     {"masked_keys_have_no_weight": "weight on a masked key", "padded_equals_unpadded": "output"},
-    missed=("equals_its_matrix",),
+    missed=("rows_sum_to_one",),
 )
 def key_mask_has_the_opposite_polarity(m):
     return everywhere(m, lambda p: {} if p.key_mask is None else {"key_mask": ~p.key_mask})
@@ -121,8 +121,10 @@ def masked_values_get_a_gradient(m):
     cls = type(m)
 
     def forward(self, q, k, v, **masks):
-        mean = torch.nan_to_num(v, 0.0, 0.0, 0.0).mean((1, 2), keepdim=True)
-        return cls.forward(self, q, k, v, **masks) + (mean - mean.detach())
+        v = v.view_as(v)
+        if v.requires_grad:
+            v.register_hook(lambda grad: grad + 1)
+        return cls.forward(self, q, k, v, **masks)
 
     return broken(m, forward=forward)
 
@@ -224,7 +226,7 @@ def only_the_last_document_is_isolated(m):
     "cu_seqlens conventions: documents are assumed to come in order",
     "linear",
     {
-        "packed_equals_separate": "document 1 of .*, ids descending",
+        "packed_equals_separate": r"document \d of .*, ids descending",
         "interleaved_segments_are_isolated": "a weight across segments",
     },
 )

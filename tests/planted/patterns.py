@@ -126,7 +126,7 @@ def random_blocks_are_redrawn_from_the_global_generator(m):
 @defect(
     "HF BigBird 5.23: training reseeds the global NumPy generator",
     "bigbird",
-    {"leaves_random_state_alone": "NumPy"},
+    {"leaves_random_state_alone": "NumPy.s global random generator was used in training"},
     missed=("repeats_bit_for_bit", "equals_its_matrix"),
 )
 def numpy_is_reseeded_in_training(m):
@@ -144,7 +144,7 @@ def numpy_is_reseeded_in_training(m):
     "HF BigBird 5.23: a short input switches the module to full attention for ever",
     "window",
     {"repeats_bit_for_bit": "after other lengths"},
-    missed=("equals_the_paper",),
+    missed=("padded_equals_unpadded",),
 )
 def short_input_switches_to_full_attention_for_ever(m):
     cls = type(m)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from efficient_attn.ops.dense import safe_softmax
@@ -14,7 +16,7 @@ from .defect import apply, before_fast_path, defect, dense, everywhere, fast_pat
 @defect(
     "fla#1261: elu(x) + 1 cancels to 0 in bf16",
     "linear",
-    {"error_is_within_budget": "torch.bfloat16: largest error"},
+    {"cancels_nothing_far_from_zero": "output, torch.bfloat16: largest error"},
     missed=("equals_its_matrix", "passes_gradcheck"),
 )
 def elu_plus_one_cancels_in_bf16(m):
@@ -30,7 +32,7 @@ def elu_plus_one_cancels_in_bf16(m):
 @defect(
     "scores and weights kept in the dtype of the inputs",
     "full",
-    {"error_is_within_budget": "output, length 37, torch.bfloat16"},
+    {"error_is_within_budget": r"output, length \d+, torch.bfloat16"},
     missed=("equals_its_matrix",),
 )
 def scores_are_rounded(m):
@@ -83,7 +85,7 @@ def last_rows_are_never_written(m):
 @defect(
     "a backward pass that forgets the normaliser",
     "linear_causal",
-    {"equals_its_matrix": "gradient of k, length 2", "passes_gradcheck": "gradcheck failed"},
+    {"equals_its_matrix": "gradient of k, length", "passes_gradcheck": "gradcheck failed"},
     missed=("sends_no_gradient_to_the_future", "repeats_bit_for_bit"),
 )
 def gradient_of_k_misses_the_normaliser(m):
@@ -120,8 +122,7 @@ def sums_are_taken_in_any_order(m):
     def run(p):
         calls.append(None)
         shift = len(calls) % 7
-        scores, v = masked_scores(p).roll(shift, -1), p.v.roll(shift, 2)
-        return apply(safe_softmax(scores), p if p.key_mask is not None else type(p)(**{**vars(p), "v": v}))
+        return apply(safe_softmax(masked_scores(p)).roll(shift, -1), replace(p, v=p.v.roll(shift, 2)))
 
     return fast_path(m, run)
 

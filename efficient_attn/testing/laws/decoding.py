@@ -48,6 +48,20 @@ def stepping_equals_forward(mechanism: Mechanism) -> int:
 
 
 @law(lambda m: m.is_causal)
+def stepping_keeps_precision(mechanism: Mechanism) -> int:
+    """Token by token in bfloat16, errors are those of `forward`: the state is as precise as its sums need."""
+    from ..budgets import within_budget
+
+    exact = in_dtype(mechanism, torch.float64)
+    m = in_dtype(mechanism, torch.bfloat16)
+    inputs = sample(m, 150, dtype=torch.bfloat16, batch=1)
+    out, _ = _decode(m, inputs, None, [1] * 150, _start(m, *inputs[1:]))
+    truth = exact(*(x.double() for x in inputs))
+    within_budget(out, m(*inputs), truth, "150 single steps in bfloat16")
+    return 1
+
+
+@law(lambda m: m.is_causal)
 def state_size_is_declared(mechanism: Mechanism) -> int:
     """The state's bytes are those that `cost` declares, at every length and dtype."""
     cases = 0

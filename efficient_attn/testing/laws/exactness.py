@@ -42,7 +42,11 @@ def equals_its_matrix(mechanism: Mechanism) -> int:
         (5, LENGTH, 9),
         (9, 6, 0),
         (1, LENGTH, torch.tensor(20)),
+        # More keys than a tile of any kernel takes at once.
+        (3, 1100, None),
     ):
+        if m.max_seq_len is not None and kv_len > m.max_seq_len:
+            continue
         masks = {"q_offset": offset, "key_mask": holes(kv_len)}
         _compare(m, q_len, kv_len, masks, f"{q_len} queries, {kv_len} keys, q_offset {offset}")
         cases += 1
@@ -53,16 +57,45 @@ def equals_its_matrix(mechanism: Mechanism) -> int:
     return cases
 
 
+@law()
+def some_queries_give_their_rows(mechanism: Mechanism) -> int:
+    """Some of the queries alone, placed by q_offset or by default at the end, give their rows of the whole."""
+    m, cases = in_dtype(mechanism, torch.float64), 0
+    q, k, v = sample(m)
+    choices: list[dict] = [{}, {"key_mask": holes(LENGTH)}]
+    if m.supports_segments:
+        choices.append({"segment_ids": (torch.arange(LENGTH) // 11).expand(2, -1)})
+    for masks in choices:
+        whole, matrix = m(q, k, v, **masks), m.matrix(q, k, **masks)
+        for start, size in ((0, 6), (9, 8), (LENGTH - 5, 5), (LENGTH - 1, 1)):
+            rows = slice(start, start + size)
+            last = [None] if start + size == LENGTH else []
+            for offset in (start, torch.tensor(start), *last):
+                kind = "tensor" if isinstance(offset, Tensor) else offset
+                what = f"queries {start} to {start + size - 1}, q_offset {kind}, {list(masks)}"
+                out = m(q[:, :, rows], k, v, q_offset=offset, **masks)
+                expect_close(out, whole[:, :, rows], f"output of {what}")
+                part = m.matrix(q[:, :, rows], k, q_offset=offset, **masks)
+                expect_close(part, matrix[:, :, rows], f"matrix of {what}")
+                cases += 1
+    return cases
+
+
 @law(lambda m: m.supports_bias)
 def honours_bias(mechanism: Mechanism) -> int:
     """A float bias is added to the scores, a bool one hides pairs; both at every shape that broadcasts."""
     m, generator = in_dtype(mechanism, torch.float64), torch.Generator().manual_seed(5)
+    q, k, _ = sample(m, 12)
+    free = m.matrix(q, k, key_mask=holes(12))
     for shape in ((2, 4, 12, 12), (4, 12, 12), (1, 1, 12, 12), (2, 1, 1, 12), (12, 12)):
         bias = torch.randn(shape, generator=generator, dtype=torch.float64)
         for value in (bias, bias > -1, bias.masked_fill(bias < -1, -torch.inf)):
-            _compare(
-                m, 12, 12, {"attn_bias": value, "key_mask": holes(12)}, f"attn_bias {shape} {value.dtype}"
-            )
+            masks, what = {"attn_bias": value, "key_mask": holes(12)}, f"attn_bias {shape} {value.dtype}"
+            _compare(m, 12, 12, masks, what)
+            weights = free * (value if value.dtype == torch.bool else value.exp())
+            total = weights.sum(-1, keepdim=True)
+            expected = weights / torch.where(total == 0, 1.0, total)
+            expect_close(m.matrix(q, k, **masks), expected, f"matrix, {what}")
     return 15
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from ...mechanisms import Mechanism
 from ..counting import untouched_rng
-from ..sampling import HEAD_DIM, HEADS, LENGTH, V_HEAD_DIM, expand_heads, in_dtype, sample
+from ..sampling import HEAD_DIM, HEADS, LENGTH, V_HEAD_DIM, expand_heads, holes, in_dtype, sample
 from .law import expect, expect_close, expect_identical, law
 
 
@@ -97,14 +98,74 @@ def survives_copies(mechanism: Mechanism) -> int:
 
 @law()
 def leaves_random_state_alone(mechanism: Mechanism) -> int:
-    """Evaluation draws no random number; two instances of one seed agree whatever the global seed was."""
+    """Without dropout no random number is drawn; two instances of one seed agree whatever the global seed was."""
     m = in_dtype(mechanism, torch.float32)
     q, k, v = sample(m, dtype=torch.float32)
-    with untouched_rng():
+    with untouched_rng("in evaluation"):
         first = m(q, k, v)
-    torch.manual_seed(12345)
-    expect_identical(m(q, k, v), first, "after another global seed")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(12345)
+        expect_identical(m(q, k, v), first, "after another global seed")
+    with untouched_rng("in training"):
+        _without_dropout(m).train()(q, k, v)
+
+    made = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made.append(type(mechanism).examples(LENGTH, HEADS, HEAD_DIM))
+    for one, other in zip(*made, strict=True):
+        for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
+            expect_identical(a, b, f"{name} of {one}, made under two global seeds")
+    return 4
+
+
+def _without_dropout(m: Mechanism) -> Mechanism:
+    if m.dropout_p is not None:
+        m.dropout_p = 0.0
+    return m
+
+
+def _with_dropout(m: Mechanism) -> Mechanism:
+    """`m` that drops weights in training, on any backend if the one it asks for has no place for that."""
+    m.dropout_p = 0.3
+    problem = m.train()._problem(*sample(m), None, None, None, None)
+    if any(backend.name == m.backend and backend.refuse(problem) for backend in m.backends):
+        m.backend = "auto"
+    return m.eval()
+
+
+@law()
+def training_is_evaluation_without_dropout(mechanism: Mechanism) -> int:
+    """Without dropout, training mode changes neither outputs nor gradients."""
+    m = _without_dropout(in_dtype(mechanism, torch.float64))
+    inputs, results = sample(m, grad=True), []
+    for training in (False, True):
+        out = m.train(training)(*inputs, key_mask=holes(LENGTH))
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for name, a, b in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        expect_close(b, a, f"{name} in training")
     return 2
+
+
+@law(lambda m: getattr(m, "num_random_blocks", 0) > 0)
+def random_draws_are_uniform(mechanism: Mechanism) -> int:
+    """What `random_block_choices` draws is distinct, always the same, and spread over all that there is to draw."""
+    count, total, blocks = mechanism.num_random_blocks, 320, range(64, 320)
+    seen = [0] * 8
+    for block in blocks:
+        drawn = mechanism.random_block_choices(block, total)
+        available = block if mechanism.is_causal else total
+        expect(drawn == mechanism.random_block_choices(block, total), f"block {block} draws anew each time")
+        good = len(set(drawn)) == len(drawn) == count and all(0 <= b < available for b in drawn)
+        expect(good, f"block {block} drew {drawn}, not {count} distinct blocks of {available}")
+        for b in drawn:
+            seen[8 * b // available] += 1
+    mean = sum(seen) / 8
+    chi_square = sum((n - mean) ** 2 for n in seen) / mean
+    # Five standard deviations above the mean of seven degrees of freedom.
+    expect(chi_square < 7 + 5 * 14**0.5, f"not uniform: {seen} draws from each eighth")
+    return len(blocks)
 
 
 @law()
@@ -129,25 +190,28 @@ def respects_autocast(mechanism: Mechanism) -> int:
 
 @law()
 def works_under_checkpointing(mechanism: Mechanism) -> int:
-    """Activation checkpointing changes no bit of the gradients."""
+    """Activation checkpointing changes no bit of the gradients, dropout included."""
     m = in_dtype(mechanism, torch.float32).train()
     inputs = sample(m, dtype=torch.float32, grad=True)
-    torch.manual_seed(0)
-    plain = torch.autograd.grad(m(*inputs).sum(), inputs)
-    torch.manual_seed(0)
-    again = torch.autograd.grad(checkpoint(m, *inputs, use_reentrant=False).sum(), inputs)
-    for name, a, b in zip("qkv", again, plain, strict=True):
-        expect_identical(a, b, f"gradient of {name}")
-    return 1
+    variants = [m] if m.dropout_p is None else [m, _with_dropout(copy.deepcopy(m)).train()]
+    for variant in variants:
+        grads = []
+        for run in (variant, partial(checkpoint, variant, use_reentrant=False)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                grads.append(torch.autograd.grad(run(*inputs).sum(), inputs))
+        for name, a, b in zip("qkv", grads[1], grads[0], strict=True):
+            expect_identical(a, b, f"gradient of {name}, dropout_p={variant.dropout_p}")
+    return len(variants)
 
 
 @law(lambda m: m.dropout_p is not None)
 def dropout_is_dropout(mechanism: Mechanism) -> int:
     """Off in evaluation; repeatable by seed; unbiased; its gradient is that of the weights that were kept."""
-    m = in_dtype(mechanism, torch.float64)
-    m.dropout_p = 0.3
+    m = _with_dropout(in_dtype(mechanism, torch.float64))
     q, k, v = sample(m, 12)
     clean = m(q, k, v)
+    expect_close(clean, m.matrix(q, k) @ expand_heads(v, q.shape[1]), "evaluation, with dropout_p = 0.3")
     m.train()
     runs = []
     for seed in (0, 0, 1):
