@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,9 +26,9 @@ def write_json(results: Results, path: Path) -> None:
 
 
 def print_report(results: Results, console: Console) -> None:
-    console.print(_quality_table(results))
-    console.print(_scaling_table(results))
-    console.print(_state_table(results))
+    for table in (_quality_table, _cost_table, _scaling_table, _state_table):
+        console.print(table(results))
+        console.print()
     for line in findings(results):
         console.print(Text(f"- {line}"))
     for name, row in results["mechanisms"].items():
@@ -54,27 +55,21 @@ def findings(results: Results) -> list[str]:
     lines.append(
         f"the audit {seen}: shown the future on purpose, logits differ by {control['difference']:.3g}"
     )
-    full = rows.get("full")
-    lengths = results["settings"]["scaling_lengths"]
-    for name, row in rows.items() if full else ():
-        if name == "full":
-            continue
-        crossover = row["crossover_length"]
-        last = str(lengths[-1])
-        ratio = (
-            full["scaling"][last]["forward_backward_seconds"]
-            / row["scaling"][last]["forward_backward_seconds"]
-        )
-        when = (
-            f"faster than full from about {crossover:,} tokens"
-            if crossover
-            else f"not faster by {lengths[-1]:,}"
-        )
-        lines.append(
-            f"{name}: {_compared(row['delta_to_full'], row['delta_standard_error'])}; {when}"
-            f" ({ratio:.2g}x its speed at {lengths[-1]:,}, training)"
-        )
-    return lines
+    return lines + [_against_full(name, results) for name in rows if "full" in rows and name != "full"]
+
+
+def _against_full(name: str, results: Results) -> str:
+    full, row = results["mechanisms"]["full"], results["mechanisms"][name]
+    longest, decoded = (str(results["settings"][f"{kind}_lengths"][-1]) for kind in ("scaling", "state"))
+    when = row["crossover_length"]
+    from_when = f"faster from about {when:,}" if when else f"no faster by {int(longest):,}"
+    times = [r["scaling"][longest]["forward_backward_seconds"] for r in (full, row)]
+    states = [size_text(r["state_bytes"]["declared"][decoded]) for r in (row, full)]
+    return (
+        f"{name}: {_compared(row['delta_to_full'], row['delta_standard_error'])}; trains"
+        f" {from_when} tokens ({times[0] / times[1]:.2g}x the speed at {int(longest):,});"
+        f" state after {int(decoded):,} tokens: {states[0]}, full's {states[1]}"
+    )
 
 
 def _compared(delta: float, standard_error: float | None) -> str:
@@ -107,29 +102,20 @@ def plot(results: Results, path: Path) -> None:
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     learning, state, time = figure.subplots(1, 3)
     for i, (name, row) in enumerate(results["mechanisms"].items()):
-        style = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 5,
-            "lw": 1.8,
-        }
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        style = {"color": colour, "marker": marker, "markersize": 5, "lw": 1.8}
         learning.plot(*zip(*row["history"], strict=True), label=name, **style)
         state.plot(*_series(row["state_bytes"]["declared"]), **style)
         time.plot(*_series({n: r["forward_backward_seconds"] for n, r in row["scaling"].items()}), **style)
-    learning.axhline(
-        results["bigram_bits_per_character"], color="#999999", ls="--", lw=1.5, label="bigram baseline"
-    )
+    bigram = results["bigram_bits_per_character"]
+    learning.axhline(bigram, color="#999999", ls="--", lw=1.5, label="bigram baseline")
     settings = results["settings"]
     learning.set(title="Held-out text", xlabel="training step", ylabel="bits per character")
-    state.set(
-        title="Decoding state of one layer",
-        xlabel="tokens decoded",
-        ylabel="bytes",
-        xscale="log",
-        yscale="log",
-    )
+    state.set(title="Decoding state of one layer", xlabel="tokens decoded", xscale="log")
     time.set(title="One attention layer, forward and backward", xlabel="tokens", ylabel="seconds")
     time.set(xscale="log", yscale="log")
+    state.set_yscale("log", base=4)
+    state.yaxis.set_major_formatter(lambda count, _: size_text(count))
     _length_ticks(state, settings["state_lengths"])
     _length_ticks(time, settings["scaling_lengths"])
     for axes in (learning, state, time):
@@ -141,76 +127,87 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _quality_table(results: Results) -> Table:
-    settings = results["settings"]
-    size = f"context {settings['context']}, {settings['steps']} steps of {settings['batch_size']} sequences"
-    table = Table(title=f"Language model on {results['data']['source']}: {size}", title_justify="left")
-    for heading in (
-        "mechanism",
+    settings, source = results["settings"], results["data"]
+    table = _table(
+        f"Quality on {source['source']}: context {settings['context']} bytes,"
+        f" {settings['steps']} steps of {settings['batch_size']} sequences",
         "bits/char",
         "to full (s.e.)",
-        "last quarter",
-        "train tok/s",
-        "step peak",
-        "saved: declared",
-        "measured",
+        "last 1/4",
         "leak",
-        "decode diff",
-    ):
-        table.add_column(heading, justify="left" if heading == "mechanism" else "right")
+        "decode",
+        caption=f"Held-out text, {source['evaluated_bytes']:,} bytes"
+        f" ({source['held_out_lines_also_in_training']:.0%} of its lines also stand in the training text)."
+        " s.e.: over windows, one seed. last 1/4: of the context. leak: the largest change of a past logit when the"
+        " future is blanked. decode: the largest difference between logits by step and teacher-forced.",
+    )
     for name, row in results["mechanisms"].items():
-        delta = row["delta_to_full"]
-        leak = row["audit"]["difference"]
+        delta, error, audit = row["delta_to_full"], row["delta_standard_error"], row["audit"]
         table.add_row(
             name,
             f"{row['bits_per_character']:.3f}",
-            "-" if delta is None or name == "full" else f"{delta:+.3f} ({row['delta_standard_error']:.3f})",
+            "-" if delta is None or name == "full" else f"{delta:+.3f} ({_number(error, '.3f')})",
             f"{row['bits_per_character_last_quarter']:.3f}",
-            f"{row['train_tokens_per_second']:,.0f}",
-            size_text(row["train_step_peak_bytes"]),
-            size_text(row["saved_bytes"]["declared"]),
-            size_text(row["saved_bytes"]["measured"]),
-            "0 exactly" if row["audit"]["exact"] else f"[bold red]{leak:.2e}[/]",
-            f"{row['decode_difference']:.1e}",
+            "0 exactly" if audit["exact"] else f"[bold red]{_number(audit['difference'], '.1e')}[/]",
+            _number(row["decode_difference"], ".0e"),
         )
-    table.add_section()
-    table.add_row("bigram", f"{results['bigram_bits_per_character']:.3f}", *["-"] * 8)
+    table.add_row("bigram", f"{results['bigram_bits_per_character']:.3f}", *["-"] * 4)
+    return table
+
+
+def _cost_table(results: Results) -> Table:
+    table = _table(
+        "Cost of training at that size",
+        "tokens/s",
+        "step peak",
+        "saved: declared",
+        "measured",
+        caption="step peak: the most that one forward and backward of the model allocates (CPU allocator records)."
+        " saved: what one layer's mechanism keeps for its backward.",
+    )
+    for name, row in results["mechanisms"].items():
+        sizes = (row["train_step_peak_bytes"], row["saved_bytes"]["declared"], row["saved_bytes"]["measured"])
+        table.add_row(name, f"{row['train_tokens_per_second']:,.0f}", *map(size_text, sizes))
     return table
 
 
 def _scaling_table(results: Results) -> Table:
-    lengths = results["settings"]["scaling_lengths"]
-    title = "One attention layer, one sequence: forward ms / forward+backward ms / peak"
-    table = Table("mechanism", title=title, title_justify="left")
-    for length in lengths:
-        table.add_column(f"{length:,}", justify="right")
-    table.add_column("beats full from", justify="right")
+    lengths = [f"{n:,}" for n in results["settings"]["scaling_lengths"]]
+    table = _table("One attention layer, one sequence, by length", "", *lengths)
     for name, row in results["mechanisms"].items():
-        cells = []
-        for length in lengths:
-            cell = row["scaling"][str(length)]
-            times = (cell["forward_seconds"] * 1e3, cell["forward_backward_seconds"] * 1e3)
-            cells.append(f"{_three(times[0])} / {_three(times[1])} / {size_text(cell['peak_bytes'])}")
-        crossing = row["crossover_length"]
-        table.add_row(
-            name, *cells, "-" if name == "full" else f"{crossing:,}" if crossing else f"> {lengths[-1]:,}"
-        )
+        cells = list(row["scaling"].values())
+        table.add_row(name, "forward ms", *(_three(cell["forward_seconds"] * 1e3) for cell in cells))
+        table.add_row("", "+ backward", *(_three(cell["forward_backward_seconds"] * 1e3) for cell in cells))
+        table.add_row("", "peak MiB", *(_three(cell["peak_bytes"] / 2**20) for cell in cells))
     return table
 
 
 def _state_table(results: Results) -> Table:
     lengths = results["settings"]["state_lengths"]
-    title = "Decoding state of one layer, one sequence: declared (= measured where stepped)"
-    table = Table("mechanism", title=title, title_justify="left")
-    for length in lengths:
-        table.add_column(f"{length:,}", justify="right")
+    caption = "Declared by cost; = where a state was stepped to that length, measured, and found equal."
+    table = _table("Decoding state of one layer, one sequence", *(f"{n:,}" for n in lengths), caption=caption)
     for name, row in results["mechanisms"].items():
         cells = []
         for length in map(str, lengths):
             declared, measured = (row["state_bytes"][kind].get(length) for kind in ("declared", "measured"))
-            agrees = {None: "", declared: " ="}.get(measured, f" [bold red]{size_text(measured or 0)}[/]")
+            agrees = {None: "  ", declared: " ="}.get(measured, f" [bold red]measured {measured}[/]")
             cells.append(size_text(declared) + agrees)
         table.add_row(name, *cells)
     return table
+
+
+def _table(title: str, *headings: str, caption: str | None = None) -> Table:
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
+    )
+    table.add_column("mechanism", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def size_text(count: float) -> str:

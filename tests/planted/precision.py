@@ -30,6 +30,18 @@ def elu_plus_one_cancels_in_bf16(m):
 
 
 @defect(
+    "fast-transformers 0.4.0: bf16 and fp16 raise",
+    "window",
+    {"error_is_within_budget": "RuntimeError: expected", "padding_content_is_invisible": "RuntimeError"},
+    missed=("equals_its_matrix",),
+)
+def half_precision_raises(m):
+    return fast_path(
+        m, lambda p: (safe_softmax(masked_scores(p)) @ expand_heads(p.v, p.q.shape[1])).to(p.q.dtype)
+    )
+
+
+@defect(
     "scores and weights kept in the dtype of the inputs",
     "full",
     {"error_is_within_budget": r"output, length \d+, torch.bfloat16"},

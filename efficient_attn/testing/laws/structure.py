@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -96,6 +97,23 @@ def survives_copies(mechanism: Mechanism) -> int:
     return 3
 
 
+@law(lambda m: bool(m.state_dict()))
+def reset_parameters_fills_empty_memory(mechanism: Mechanism) -> int:
+    """After meta and `to_empty`, `reset_parameters` fills every tensor, buffers as it fills them anywhere."""
+    resettable: Any = in_dtype(mechanism, torch.float32)
+    lazy: Any = copy.deepcopy(resettable).to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*lazy.parameters(), *lazy.buffers()):
+            tensor.fill_(torch.nan)
+    lazy.reset_parameters()
+    resettable.reset_parameters()
+    for name, tensor in lazy.named_parameters():
+        expect(bool(torch.isfinite(tensor).all()), f"{name} was not filled")
+    for (name, a), b in zip(lazy.named_buffers(), resettable.buffers(), strict=True):
+        expect_identical(a, b, name)
+    return 1
+
+
 @law()
 def leaves_random_state_alone(mechanism: Mechanism) -> int:
     """Without dropout no random number is drawn; two instances of one seed agree whatever the global seed was."""
@@ -151,12 +169,13 @@ def training_is_evaluation_without_dropout(mechanism: Mechanism) -> int:
 @law(lambda m: getattr(m, "num_random_blocks", 0) > 0)
 def random_draws_are_uniform(mechanism: Mechanism) -> int:
     """What `random_block_choices` draws is distinct, always the same, and spread over all that there is to draw."""
-    count, total, blocks = mechanism.num_random_blocks, 320, range(64, 320)
+    drawing: Any = mechanism
+    count, total, blocks = drawing.num_random_blocks, 320, range(64, 320)
     seen = [0] * 8
     for block in blocks:
-        drawn = mechanism.random_block_choices(block, total)
+        drawn = drawing.random_block_choices(block, total)
         available = block if mechanism.is_causal else total
-        expect(drawn == mechanism.random_block_choices(block, total), f"block {block} draws anew each time")
+        expect(drawn == drawing.random_block_choices(block, total), f"block {block} draws anew each time")
         good = len(set(drawn)) == len(drawn) == count and all(0 <= b < available for b in drawn)
         expect(good, f"block {block} drew {drawn}, not {count} distinct blocks of {available}")
         for b in drawn:
