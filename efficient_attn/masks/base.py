@@ -140,8 +140,8 @@ def _measure(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class And(Mask):
-    """Pairs that both masks allow."""
+class _Pair(Mask):
+    """Two masks made one: what intersection and union have in common."""
 
     a: Mask
     b: Mask
@@ -149,6 +149,21 @@ class And(Mask):
     @property
     def anchored(self) -> bool:  # type: ignore[override]
         return self.a.anchored or self.b.anchored
+
+    @property
+    def has_plan(self) -> bool:  # type: ignore[override]
+        return self.a.has_plan or self.b.has_plan
+
+    def sized(self, num_keys: int | Tensor) -> Mask:
+        return type(self)(self.a.sized(num_keys), self.b.sized(num_keys))
+
+    def cuts(self, start: int, stop: int) -> list[int]:
+        return self.a.cuts(start, stop) + self.b.cuts(start, stop)
+
+
+@dataclass(frozen=True)
+class And(_Pair):
+    """Pairs that both masks allow."""
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return self.a.allows(q, k) & self.b.allows(q, k)
@@ -158,19 +173,9 @@ class And(Mask):
         lower = torch.maximum(a_low[..., :, None], b_low[..., None, :]).flatten(-2)
         return lower, torch.minimum(a_up[..., :, None], b_up[..., None, :]).flatten(-2)
 
-    def sized(self, num_keys: int | Tensor) -> Mask:
-        return And(self.a.sized(num_keys), self.b.sized(num_keys))
-
-    def cuts(self, start: int, stop: int) -> list[int]:
-        return self.a.cuts(start, stop) + self.b.cuts(start, stop)
-
     def hull(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         (a_low, a_up), (b_low, b_up) = self.a.hull(start, stop, num_keys), self.b.hull(start, stop, num_keys)
         return max(a_low, b_low), min(a_up, b_up)
-
-    @property
-    def has_plan(self) -> bool:  # type: ignore[override]
-        return self.a.has_plan or self.b.has_plan
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
         if not self.has_plan:
@@ -187,15 +192,8 @@ class And(Mask):
 
 
 @dataclass(frozen=True)
-class Or(Mask):
+class Or(_Pair):
     """Pairs that either mask allows."""
-
-    a: Mask
-    b: Mask
-
-    @property
-    def anchored(self) -> bool:  # type: ignore[override]
-        return self.a.anchored or self.b.anchored
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return self.a.allows(q, k) | self.b.allows(q, k)
@@ -204,19 +202,9 @@ class Or(Mask):
         (a_low, a_up), (b_low, b_up) = self.a.row_spans(q, num_keys), self.b.row_spans(q, num_keys)
         return torch.cat([a_low, b_low], -1), torch.cat([a_up, b_up], -1)
 
-    def sized(self, num_keys: int | Tensor) -> Mask:
-        return Or(self.a.sized(num_keys), self.b.sized(num_keys))
-
-    def cuts(self, start: int, stop: int) -> list[int]:
-        return self.a.cuts(start, stop) + self.b.cuts(start, stop)
-
     def hull(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         (a_low, a_up), (b_low, b_up) = self.a.hull(start, stop, num_keys), self.b.hull(start, stop, num_keys)
         return min(a_low, b_low), max(a_up, b_up)
-
-    @property
-    def has_plan(self) -> bool:  # type: ignore[override]
-        return self.a.has_plan or self.b.has_plan
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
         if not self.has_plan:
