@@ -157,6 +157,8 @@ class Favor(FeatureMap):
         self.head_dim = check_positive("head_dim", head_dim)
         self.size = check_positive("num_features", num_features)
         self.seed = check_positive("seed", seed, least=0)
+        if seed >= 1 << 63:
+            raise ValueError(f"seed must be below 2^63, got {seed}")
         self.kernel = kernel
         self.name = f"favor_{kernel}"
         self.has_exponent = kernel == "softmax"

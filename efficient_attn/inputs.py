@@ -21,6 +21,16 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raise NotImplementedError for dual tensors: a custom operator would return them without their tangent."""
+    if torch.compiler.is_compiling():
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            'forward-mode differentiation is not implemented here; backend="reference" has it'
+        )
+
+
 def check_positive(name: str, value: Any, least: int = 1) -> int:
     """`value` as an integer of at least `least`."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

@@ -6,13 +6,14 @@
     python examples/long_context_lm.py --quick             # does everything work? about 20 seconds
 
 Writes checkpoints, results.json and results.png to --out. Stop it with Ctrl-C: the same command continues and
-ends with the same weights, for every batch is a function of (seed, step). The seed and the number of threads
-decide them.
+ends with the same weights, for every batch is a function of (seed, step). Only the seed and --threads decide
+them, not --jobs, which is how many mechanisms are trained at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import sys
@@ -26,6 +27,7 @@ from lm.audit import audit_leak, decode_difference, looking_ahead, sample
 from lm.data import Corpus, bigram_bits, load_corpus
 from lm.measure import layer_scaling, saved_bytes, state_bytes, training_step_peak
 from lm.model import PRESETS, Settings, mechanism_options, select_mechanisms
+from lm.parallel import train_side_by_side
 from lm.report import as_json, crossover, plot, print_report, write_json
 from lm.train import Checkpoints, Interrupted, Run, StopRequest, bits_per_character, evaluate, start, train
 from rich.console import Console
@@ -44,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         prompt = _prompt(options.prompt, corpus, settings)
         for name, reason in refused.items():
             console.print(f"left out: {name} ({reason})", markup=False)
-        results = _work(names, settings, corpus, prompt, options.out, console)
-        results = as_json(results | {"environment": _environment(options.threads)})
+        results = _work(names, settings, corpus, prompt, options, console)
+        results = as_json(results | {"environment": _environment(options)})
         write_json(results, options.out / "results.json")
         print_report(results, console)
         plot(results, options.out / "results.png")
@@ -58,17 +60,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except Interrupted as stopped:
         print(f"{stopped}; saved in {options.out}: run the same command again to continue", file=sys.stderr)
-        return stopped.exit_code
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"stopped; what was saved in {options.out} continues with the same command", file=sys.stderr)
         return 130
 
 
 def _work(
-    names: list[str], settings: Settings, corpus: Corpus, prompt: Tensor, out: Path, console: Console
+    names: list[str],
+    settings: Settings,
+    corpus: Corpus,
+    prompt: Tensor,
+    options: argparse.Namespace,
+    console: Console,
 ) -> dict[str, Any]:
     windows = corpus.validation_windows(settings.windows, settings.context)
-    runs = _train_all(names, settings, corpus, out, console)
+    runs = _train_all(names, settings, corpus, options, console)
     rows = _measure_all(runs, settings, windows, prompt, console)
     control = audit_leak(
         looking_ahead(runs[0].model, settings), windows[:1], settings.audit_positions, settings.seed
@@ -90,9 +97,9 @@ def _work(
 
 
 def _train_all(
-    names: list[str], settings: Settings, corpus: Corpus, out: Path, console: Console
+    names: list[str], settings: Settings, corpus: Corpus, options: argparse.Namespace, console: Console
 ) -> list[Run]:
-    runs: list[Run] = []
+    """Every mechanism's run, trained to the end: continued where it stood, and side by side if `jobs` allows."""
     columns = (
         TextColumn("{task.description:>28}"),
         BarColumn(),
@@ -101,24 +108,52 @@ def _train_all(
         TimeRemainingColumn(),
     )
     with StopRequest() as stop, Progress(*columns, console=console) as progress:
-        checkpoints = Checkpoints(
-            out, settings, corpus, lambda line: progress.console.print(line, markup=False)
-        )
-        for name in names:
-            run = start(name, settings)
+
+        def say(line: str) -> None:
+            progress.console.print(line, markup=False)
+
+        checkpoints = Checkpoints(options.out, settings, corpus, say)
+        runs = {name: start(name, settings) for name in names}
+        tasks = {}
+        for name, run in runs.items():
             checkpoints.restore(run)
             if run.step:
-                progress.console.print(
-                    f"{name}: continues at step {run.step} of {settings.steps}", markup=False
-                )
-            task = progress.add_task(f"train {name}", total=settings.steps, completed=run.step, note="")
+                say(f"{name}: continues at step {run.step} of {settings.steps}")
+            tasks[name] = progress.add_task(
+                f"train {name}", total=settings.steps, completed=run.step, note=""
+            )
 
-            def advance(step: int, loss: float, task: Any = task) -> None:
-                progress.update(task, completed=step, note=f"loss {loss:.3f}")
+        def report(name: str, step: int, loss: float) -> None:
+            progress.update(tasks[name], completed=step, note=f"loss {loss:.3f}")
 
-            train(run, settings, corpus, checkpoints, stop, advance)
-            runs.append(run)
-    return runs
+        unfinished = [name for name, run in runs.items() if run.step < settings.steps]
+        jobs = min(_jobs(options), len(unfinished))
+        if jobs > 1:
+            train_side_by_side(
+                unfinished,
+                settings,
+                data=options.data,
+                out=options.out,
+                jobs=jobs,
+                threads=options.threads,
+                stop=stop,
+                report=report,
+            )
+            for name in unfinished:
+                checkpoints.restore(runs[name])
+        for name in unfinished if jobs == 1 else ():
+            advance = functools.partial(report, name)
+            train(runs[name], settings, corpus, checkpoints, lambda: stop.signum, advance)
+        if stop.signum is not None:
+            raise Interrupted(names[-1], settings.steps, stop.signum)
+    return list(runs.values())
+
+
+def _jobs(options: argparse.Namespace) -> int:
+    if options.jobs is not None:
+        return options.jobs
+    # Starting processes takes longer than a quick run's training.
+    return 1 if options.preset == "quick" else max(1, (os.cpu_count() or 1) // options.threads)
 
 
 def _measure_all(
@@ -198,18 +233,14 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_const", dest="preset", const="quick", help="a smoke run, 20 seconds"
     )
     size.add_argument(
-        "--long", action="store_const", dest="preset", const="long", help="a real run, many hours"
+        "--long", action="store_const", dest="preset", const="long", help="a real run, several hours"
     )
     add("--context", type=_positive, help="trained sequence length, in bytes")
     add("--steps", type=_positive, help="training steps of each mechanism")
     add("--learning-rate", type=float)
     add("--seed", type=int, default=0)
-    add(
-        "--threads",
-        type=_positive,
-        default=min(2, os.cpu_count() or 1),
-        help="CPU threads (default: at most 2); 1 where others compute",
-    )
+    add("--jobs", type=_positive, help="mechanisms trained at once (default: cores / threads; 1 if --quick)")
+    add("--threads", type=_positive, default=1, help="CPU threads of each (default: 1)")
     add("--prompt", help="what the trained models continue (default: the start of the held-out text)")
     parser.set_defaults(preset="default")
     return parser
@@ -243,13 +274,14 @@ def _prompt(text: str | None, corpus: Corpus, settings: Settings) -> Tensor:
     return torch.tensor(list(text.encode("utf-8"))[-length:])
 
 
-def _environment(threads: int) -> dict[str, Any]:
+def _environment(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "threads": threads,
+        "threads": options.threads,
+        "trained_at_once": _jobs(options),
         "peak_bytes_are": "CPU allocator records of torch.profiler",
     }
 

@@ -75,21 +75,71 @@ def test_quick_run_writes_complete_results_and_sees_no_future(tmp_path: Path) ->
     assert done.stderr == ""
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path, jobs: int) -> None:
     out = tmp_path / "out"
-    command = [*COMMAND, "--out", str(out), "--mechanisms", "linear", "--steps", "100000"]
+    arguments = ["--out", str(out), "--mechanisms", "full,linear", "--steps", "300", "--jobs", str(jobs)]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not out.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # to every process, as a terminal does
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "run the same command again to continue" in errors
+    assert "the same command" in errors
     assert "Traceback" not in errors
-    assert torch.load(out / "linear.pt", weights_only=True)["step"] < 100_000
+    assert list(out.glob("*.pt"))
+    assert list(out.glob(".*")) == []
+
+    done = run_demo(*arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "results.json").read_text())["mechanisms"]
+    assert {row["steps"] for row in rows.values()} == {300}
+
+
+def test_training_side_by_side_gives_the_weights_of_training_in_turn(tmp_path: Path) -> None:
+    for name in ("full", "linear"):
+        trained(tmp_path / "in turn", name)
+    with train.StopRequest() as stop:
+        importlib.import_module("lm.parallel").train_side_by_side(
+            ["full", "linear"],
+            TINY,
+            data=None,
+            out=tmp_path / "side by side",
+            jobs=2,
+            threads=torch.get_num_threads(),
+            stop=stop,
+            report=lambda name, step, loss: None,
+        )
+    for name in ("full", "linear"):
+        alone, beside = (
+            torch.load(tmp_path / how / f"{name}.pt", weights_only=True)
+            for how in ("in turn", "side by side")
+        )
+        assert alone["history"] == beside["history"]
+        for key, weight in alone["model"].items():
+            assert torch.equal(weight, beside["model"][key]), key
+
+
+def test_a_failure_in_one_process_reaches_the_user(tmp_path: Path) -> None:
+    with train.StopRequest() as stop, pytest.raises(lm.DemoError, match="no-such-file"):
+        importlib.import_module("lm.parallel").train_side_by_side(
+            ["full", "linear"],
+            TINY,
+            data=tmp_path / "no-such-file.txt",
+            out=tmp_path,
+            jobs=2,
+            threads=1,
+            stop=stop,
+            report=lambda name, step, loss: None,
+        )
 
 
 class Messages(list[str]):
@@ -109,7 +159,7 @@ def trained(out: Path, name: str, *, stop_at: int | None = None, messages: Messa
             signal.raise_signal(signal.SIGINT)
 
     with train.StopRequest() as stop:
-        train.train(run, TINY, corpus, checkpoints, stop, interrupt)
+        train.train(run, TINY, corpus, checkpoints, lambda: stop.signum, interrupt)
     return run
 
 
@@ -119,7 +169,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: P
     for stop_at in (1, 5):
         with pytest.raises(train.Interrupted) as stopped:
             trained(tmp_path / "parts", name, stop_at=stop_at)
-        assert stopped.value.exit_code == 130
+        assert stopped.value.signum == signal.SIGINT
     resumed = trained(tmp_path / "parts", name)
     assert resumed.history == whole.history
     for key, weight in whole.model.state_dict().items():
@@ -200,6 +250,7 @@ BAD_INPUTS = {
     "zero steps": (["--steps", "0"], "must be at least 1, got 0"),
     "steps no number": (["--steps", "many"], "invalid"),
     "zero threads": (["--threads", "0"], "must be at least 1, got 0"),
+    "zero jobs": (["--jobs", "0"], "must be at least 1, got 0"),
     "two presets": (["--long"], "not allowed with argument"),
 }
 

@@ -108,8 +108,8 @@ class Cost:
         bytes_read, bytes_written: the least traffic: every input read once, every output written once.
         params: learnt numbers.
         saved_bytes: kept from the forward pass for the backward pass, inputs included; 0 unless training.
-        peak_bytes: an upper bound on what is allocated at once: output, saved (inputs excepted), workspace.
-        state_bytes: of the decode state after `kv_len` tokens; 0 if the mechanism cannot decode.
+        peak_bytes: an estimate of what is allocated at once: output, saved (inputs excepted), workspace.
+        state_bytes: of the decode state after `kv_len` tokens, none of them masked; 0 if the mechanism cannot decode.
         terms: forward FLOPs by name; they sum to `flops.forward`.
     """
 

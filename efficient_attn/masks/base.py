@@ -39,7 +39,7 @@ class Mask(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        Mask.registry[cls.__name__] = cls
+        Mask.registry[cls._name()] = cls
 
     @abstractmethod
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
@@ -100,9 +100,13 @@ class Mask(ABC):
         """This mask as a string that `Mask.from_spec` reads: what custom ops and exported graphs carry."""
         return json.dumps(self._plain(), separators=(",", ":"))
 
+    @classmethod
+    def _name(cls) -> str:
+        return f"{cls.__module__}.{cls.__qualname__}"
+
     def _plain(self) -> list[Any]:
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-        return [type(self).__name__, *(v._plain() if isinstance(v, Mask) else v for v in values)]
+        return [self._name(), *(v._plain() if isinstance(v, Mask) else v for v in values)]
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -212,7 +216,7 @@ class Or(_Pair):
             return
         yield from self.a.tiles(start, stop, num_keys, size)
         for tile in self.b.tiles(start, stop, num_keys, size):
-            yield replace(tile, mask=_Minus(tile.mask or Everything(), self.a), first=False)
+            yield replace(tile, mask=_Minus(tile.mask or Everything(), self.a), first=False, inner=())
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 class Tile:
     """Queries `rows` against the keys of all `keys` slices (disjoint, in positions, steps allowed).
 
-    `mask` decides within the tile; None says that every pair is allowed. `first` says that no earlier tile
-    had these rows, so that its result is stored rather than merged.
+    `mask` decides within the tile; None says that every pair is allowed. `inner` are key intervals that every
+    row has whole, whatever the mask. `first` says that no earlier tile had these rows, so that its result is
+    stored rather than merged.
     """
 
     rows: slice
     keys: tuple[slice, ...]
     mask: Mask | None
     first: bool = True
+    inner: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -42,7 +44,7 @@ class Tile:
         keys = tuple(trimmed for s in self.keys if (trimmed := _trim(s, low, up)) is not None)
         if not keys:
             return None
-        return replace(self, keys=keys, mask=other if self.mask is None else self.mask & other)
+        return replace(self, keys=keys, inner=(), mask=other if self.mask is None else self.mask & other)
 
 
 def _trim(s: slice, low: int, up: int) -> slice | None:
@@ -117,8 +119,7 @@ def tiles_from_spans(mask: Mask, start: int, stop: int, num_keys: int, size: int
         inner = bands.inner(index)
         spans = bands.outer(index)
         if spans:
-            whole = all(any(a <= lo and hi <= b for a, b in inner) for lo, hi in spans)
-            yield Tile(slice(low, up, 1), tuple(slice(a, b, 1) for a, b in spans), None if whole else mask)
+            yield Tile(slice(low, up, 1), tuple(slice(a, b, 1) for a, b in spans), mask, inner=tuple(inner))
 
 
 def _split(tile: Tile, most: int) -> Iterator[Tile]:
@@ -134,10 +135,15 @@ def _split(tile: Tile, most: int) -> Iterator[Tile]:
             room -= len(range(start, stop, step))
             start += len(range(start, stop, step)) * step
             if room == 0:
-                yield replace(tile, keys=tuple(part))
+                yield _part(tile, tuple(part))
                 part, room = [], most
     if part:
-        yield replace(tile, keys=tuple(part))
+        yield _part(tile, tuple(part))
+
+
+def _part(tile: Tile, keys: tuple[slice, ...]) -> Tile:
+    whole = all(any(a <= s.start and s.stop <= b for a, b in tile.inner) for s in keys)
+    return replace(tile, keys=keys, mask=None if whole else tile.mask, inner=())
 
 
 @dataclass(frozen=True)

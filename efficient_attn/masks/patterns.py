@@ -70,14 +70,10 @@ class GlobalTokens(Mask):
                 runs += [position, position + 1]
         return cls(tuple(runs))
 
-    def _pairs(self) -> list[tuple[int, int]]:
-        return list(zip(self.runs[::2], self.runs[1::2], strict=True))
-
     def _is_global(self, x: Tensor) -> Tensor:
-        found = torch.zeros_like(x, dtype=torch.bool)
-        for start, stop in self._pairs():
-            found = found | ((x >= start) & (x < stop))
-        return found
+        # Inside a run an odd number of edges lies at or before the position.
+        edges = torch.tensor(self.runs, dtype=x.dtype, device=x.device)
+        return torch.bucketize(x.contiguous(), edges, right=True) % 2 == 1
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return self._is_global(q) | self._is_global(k)

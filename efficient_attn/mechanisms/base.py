@@ -57,6 +57,8 @@ class Mechanism(nn.Module, ABC):
     """Inputs up to this magnitude give finite outputs and gradients, if the dtype holds the exact ones."""
     max_seq_len: int | None = None
     """The most keys that it takes, if there is a limit."""
+    head_dim: int | None = None
+    """The head size that it was built for, if it was."""
     num_kv_heads: int | None = None
     """The number of key-value heads that it was built for, if it was."""
 
@@ -257,6 +259,8 @@ class Mechanism(nn.Module, ABC):
                 "segment_ids", self.supports_segments, "its pattern or projection counts from the start"
             )
             inputs.check_segment_ids(segment_ids, batch, num_keys, k.device)
+            segment_ids = segment_ids.to(torch.int64)
+            k, v = zero_where_masked(segment_ids >= 0, k, v)
         if attn_bias is not None:
             self._refuse("attn_bias", self.supports_bias, "only FullAttention adds a bias")
             inputs.check_attn_bias(attn_bias, (batch, q.shape[1], q.shape[2], num_keys), q.device)

@@ -8,7 +8,7 @@ import torch
 
 from ..complexity import Complexity
 from ..inputs import check_flag, check_positive
-from ..masks import BlockWindow, Causal, GlobalTokens, Mask, RandomBlocks
+from ..masks import BlockWindow, GlobalTokens, Mask, RandomBlocks
 from .base import Mechanism
 from .families import SoftmaxMechanism
 
@@ -72,8 +72,6 @@ class BigBirdAttention(SoftmaxMechanism):
             mask = mask | RandomBlocks(
                 block_size, num_random_blocks, seed, check_flag("is_causal", is_causal)
             )
-        if check_flag("is_causal", is_causal):
-            mask = mask & Causal()
         super().__init__(mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
         self.block_size = block_size
         self.num_window_blocks = num_window_blocks

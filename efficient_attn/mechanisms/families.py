@@ -24,7 +24,7 @@ class SoftmaxMechanism(Mechanism):
     """softmax(scale q k^T) v over a structured mask, from which everything here follows.
 
     Args:
-        mask: the pattern, causality included.
+        mask: the pattern; causality comes on top of it if `is_causal`.
         retained: (window, sinks) if no query ever looks further back than `window` keys, itself included, but
             for the first `sinks`; None if decoding must keep every key.
     """
@@ -43,6 +43,8 @@ class SoftmaxMechanism(Mechanism):
         retained: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(is_causal=is_causal, scale=scale, backend=backend)
+        if is_causal:
+            mask = Causal() if mask == Everything() else mask & Causal()
         self.mask = mask
         self.mask_spec = mask.spec()
         self.dropout_p = inputs.check_probability("dropout_p", dropout_p)
@@ -146,6 +148,8 @@ class SoftmaxMechanism(Mechanism):
         shown = {**self._describe(), "is_causal": self.is_causal, "scale": self.scale}
         if self.dropout_p:
             shown["dropout_p"] = self.dropout_p
+        if self.backend != "auto":
+            shown["backend"] = self.backend
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
 
 

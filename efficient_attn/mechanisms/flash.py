@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..complexity import Complexity
-from ..masks import Causal, Everything
+from ..masks import Everything
 from ..ops.softmax import FLASH_BACKENDS
 from .base import Mechanism
 from .families import SoftmaxMechanism
@@ -44,8 +44,7 @@ class FlashAttention(SoftmaxMechanism):
         dropout_p: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        mask = Causal() if is_causal else Everything()
-        super().__init__(mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
+        super().__init__(Everything(), is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
 
     def _default_backend(self) -> str:
         return "blocked"

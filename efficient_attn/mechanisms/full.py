@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..complexity import Complexity
-from ..masks import Causal, Everything
+from ..masks import Everything
 from ..ops.softmax import FULL_BACKENDS
 from .base import Mechanism
 from .families import SoftmaxMechanism
@@ -42,8 +42,7 @@ class FullAttention(SoftmaxMechanism):
         dropout_p: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        mask = Causal() if is_causal else Everything()
-        super().__init__(mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
+        super().__init__(Everything(), is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
 
     def exact_limit(self, seq_len: int) -> Mechanism | None:
         return type(self)(is_causal=self.is_causal, scale=self.scale, backend=self.backend)

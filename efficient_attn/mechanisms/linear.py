@@ -14,7 +14,8 @@ class LinearAttention(LinearMechanism):
         out_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j)    over all j, or j <= i if causal
 
     A different operator from softmax attention: a swapped model needs finetuning. Time O(L E^2), state O(E^2).
-    No epsilon: a row whose weights sum to 0 is 0. Features and sums are kept in fp32 (fp64 for fp64 inputs).
+    No epsilon: a row is 0 only where its weights have underflowed (below 2^-100 in fp32).
+    Features and sums are kept in fp32 (fp64 for fp64 inputs).
     Katharopoulos et al., "Transformers are RNNs", 2020, arXiv:2006.16236, equations 5 to 12.
 
     Args:

@@ -55,7 +55,7 @@ class LinformerAttention(Mechanism):
         knob="rank",
     )
     key_projection: nn.Parameter
-    value_projection: nn.Parameter
+    value_projection: nn.Parameter | None
 
     def __init__(
         self,
@@ -89,14 +89,13 @@ class LinformerAttention(Mechanism):
         self.dropout_p = inputs.check_probability("dropout_p", dropout_p)
         shape = (max_seq_len, rank) if sharing != "none" else (kv_heads, max_seq_len, rank)
         self.key_projection = nn.Parameter(torch.empty(shape))
-        self.value_projection = (
-            self.key_projection if sharing == "key-value" else nn.Parameter(torch.empty(shape))
-        )
+        # One parameter, not two names of one: tied names come apart on to_empty and load_state_dict(assign=True).
+        self.value_projection = None if sharing == "key-value" else nn.Parameter(torch.empty(shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Entries of variance 1 / rank, for which compression keeps inner products in expectation (theorem 2)."""
-        for projection in {self.key_projection, self.value_projection}:
+        for projection in self.parameters():
             nn.init.normal_(projection, std=self.rank**-0.5)
 
     def _problem(self, q, k, v, key_mask, segment_ids, q_offset, attn_bias) -> CompressedProblem:  # type: ignore[no-untyped-def]
@@ -106,7 +105,7 @@ class LinformerAttention(Mechanism):
             **common,
             mask=Everything(),
             key_projection=self.key_projection,
-            value_projection=self.value_projection,
+            value_projection=self.key_projection if self.value_projection is None else self.value_projection,
             dropout_p=self.dropout_p or 0.0 if self.training else 0.0,
         )
 
@@ -142,7 +141,7 @@ class LinformerAttention(Mechanism):
             backend=self.backend,
         )
         with torch.no_grad():
-            for projection in {limit.key_projection, limit.value_projection}:
+            for projection in limit.parameters():
                 projection.copy_(torch.eye(size).expand_as(projection))
         return limit
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..complexity import Complexity
-from ..inputs import check_flag, check_positive
-from ..masks import Causal, GlobalTokens, Mask, Window
+from ..inputs import check_positive
+from ..masks import GlobalTokens, Mask, Window
 from .base import Mechanism
 from .families import SoftmaxMechanism
 
@@ -51,8 +52,6 @@ class LongformerAttention(SoftmaxMechanism):
         backend: str = "auto",
     ) -> None:
         mask: Mask = Window(check_positive("window_size", window_size)) | _global_mask(global_tokens)
-        if check_flag("is_causal", is_causal):
-            mask = mask & Causal()
         prefix = isinstance(global_tokens, int)
         super().__init__(
             mask,
@@ -63,6 +62,8 @@ class LongformerAttention(SoftmaxMechanism):
             retained=(window_size, global_tokens) if prefix else None,
         )
         self.window_size = window_size
+        if not prefix:
+            self.complexity = replace(self.complexity, state="L*E")
         self.global_tokens = global_tokens if prefix else tuple(global_tokens)
 
     def _describe(self) -> dict[str, Any]:

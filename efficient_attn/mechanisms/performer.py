@@ -17,7 +17,8 @@ class PerformerAttention(LinearMechanism):
     Approximate: the kernel's error falls like 1 / sqrt(num_features), but its variance grows like
     exp(|q + k|^2 / sqrt(E)), so at large norms it is worse than the mean of v; measure before you trust it.
     The causal form sees no future in any bit and stays finite at any input scale: each key carries its own power
-    of two. Time O(L m E), state O(m E). The projection is a function of `seed`, and never redrawn by itself.
+    of two; a row whose weights have all underflowed, which norms far beyond sqrt(E) do, is 0.
+    Time O(L m E), state O(m E). The projection is a function of `seed`, and never redrawn by itself.
     Choromanski et al., "Rethinking Attention with Performers", 2020, arXiv:2009.14794, section 2.
 
     Args:
@@ -53,6 +54,7 @@ class PerformerAttention(LinearMechanism):
         feature_map = Favor(head_dim, features, seed=seed, kernel=kernel)
         super().__init__(feature_map, is_causal=is_causal, scale=scale, backend=backend)
         self.kernel = kernel
+        self.head_dim = head_dim
 
     def reset_parameters(self) -> None:
         """Draw the projection of the seed again: after `to_empty`, or instead of a loaded one."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..complexity import Complexity
-from ..inputs import check_flag, check_positive
-from ..masks import Causal, Mask, Sinks, Window
+from ..inputs import check_positive
+from ..masks import Mask, Sinks, Window
 from .base import Mechanism
 from .families import SoftmaxMechanism
 
@@ -50,8 +50,6 @@ class SlidingWindowAttention(SoftmaxMechanism):
         mask: Mask = Window(check_positive("window_size", window_size))
         if check_positive("num_sinks", num_sinks, least=0):
             mask = mask | Sinks(num_sinks)
-        if check_flag("is_causal", is_causal):
-            mask = mask & Causal()
         super().__init__(
             mask,
             is_causal=is_causal,

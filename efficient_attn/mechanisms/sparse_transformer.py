@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..complexity import Complexity
-from ..inputs import check_flag, check_positive
-from ..masks import Causal, Fixed, Mask, Strided
+from ..inputs import check_positive
+from ..masks import Fixed, Mask, Strided
 from .base import Mechanism
 from .families import SoftmaxMechanism
 
@@ -60,8 +60,6 @@ class SparseTransformerAttention(SoftmaxMechanism):
         if pattern == "strided" and summary != 1:
             raise ValueError(f"summary belongs to the fixed pattern; the strided one has none, got {summary}")
         mask: Mask = Strided(stride) if pattern == "strided" else Fixed(stride, summary)
-        if check_flag("is_causal", is_causal):
-            mask = mask & Causal()
         super().__init__(mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
         self.pattern = pattern
         self.stride = stride

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..inputs import accumulation_dtype, full_precision
+from ..inputs import accumulation_dtype, full_precision, refuse_forward_mode
 from ..masks import Mask, Tile, plan
 from .problem import SoftmaxProblem, anchors, segments_of_queries
 
@@ -23,13 +23,19 @@ TILE_KEYS = 1024
 
 def blocked(p: SoftmaxProblem) -> Tensor:
     """softmax(scale q k^T) v over the tiles of `p.mask`; memory O(L + S), time in the pairs of the tiles."""
+    refuse_forward_mode(p.q, p.k, p.v)
     q_segment = k_segment = None
     if p.segment_ids is not None:
         q_segment = segments_of_queries(p.segment_ids, p.q.shape[2], p.q_offset)
         k_segment = p.segment_ids
     if p.key_mask is not None:
         k_segment = torch.where(p.key_mask, 0 if k_segment is None else k_segment, -1)
-    offset = p.q_offset if isinstance(p.q_offset, Tensor) else torch.full((), p.q_offset, dtype=torch.int64)
+    # A copy, because a cache may move its offset on before the backward pass reads it.
+    offset = (
+        p.q_offset.clone()
+        if isinstance(p.q_offset, Tensor)
+        else torch.full((), p.q_offset, dtype=torch.int64)
+    )
     # The seed comes from torch's generator, so that manual_seed and checkpointing govern the dropout.
     seed = torch.randint(1 << 62, ()) if p.dropout_p > 0 else None
     out, _ = _forward_op(p.q, p.k, p.v, q_segment, k_segment, offset, seed, p.mask_spec, p.scale, p.dropout_p)
@@ -52,11 +58,13 @@ class _Rows:
 
 
 def _row_groups(mask: Mask, k_segment: Tensor | None, num_keys: int) -> Iterator[_Rows]:
-    """One group for an unanchored mask; else one for each (first, last) valid position."""
+    """One group for an unanchored mask; else one for each first valid position, and each last one if it matters."""
     if k_segment is None or not mask.anchored:
         yield _Rows(None, 0, num_keys)
         return
     start, stop = anchors(k_segment >= 0)
+    if mask.sized(num_keys) == mask.sized(2 * num_keys + 1_000_000):
+        stop = torch.full_like(stop, num_keys)
     members: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
         members.setdefault(key, []).append(row)

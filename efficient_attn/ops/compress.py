@@ -45,9 +45,10 @@ def compress(x: Tensor, projection: Tensor, start: Tensor | None) -> Tensor:
 def compressed(p: CompressedProblem) -> Tensor:
     """Time and memory O((L + S) rank)."""
     start = None if p.key_mask is None else anchors(p.key_mask)[0]
-    k = compress(p.k, p.key_projection, start)
-    v = compress(p.v, p.value_projection, start)
-    return attend_where(p.q.to(k.dtype), k, v, None, p.scale, p.dropout_p).to(p.q.dtype)
+    with full_precision(p.q.device):
+        k = compress(p.k, p.key_projection, start)
+        v = compress(p.v, p.value_projection, start)
+        return attend_where(p.q.to(k.dtype), k, v, None, p.scale, p.dropout_p).to(p.q.dtype)
 
 
 def compressed_matrix(p: CompressedProblem) -> Tensor:

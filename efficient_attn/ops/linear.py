@@ -11,12 +11,9 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..feature_maps import FeatureMap
-from ..inputs import accumulation_dtype, full_precision
+from ..inputs import accumulation_dtype, full_precision, refuse_forward_mode
 from .problem import LinearProblem, allowed_pairs, segments_of_queries
 from .scan import scan
-
-LEAST_TOTAL = 2.0**-80
-"""A total weight below this, features being of order 1, is no weight: its reciprocal would overflow gradients."""
 
 NOTHING = -(2.0**100)
 """The exponent of a key with no weight: below every real one, and finite, so that differences are too."""
@@ -45,18 +42,24 @@ def _valid(p: LinearProblem) -> Tensor | None:
 
 def _with_ones(v: Tensor) -> Tensor:
     v = v.to(accumulation_dtype(v.dtype))
-    return torch.cat([v, torch.ones_like(v[..., :1]) if v.shape[-1] else v.new_ones(*v.shape[:-1], 1)], -1)
+    return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
+
+
+def no_weight(total: Tensor) -> Tensor:
+    """Where a row's total weight has underflowed so far that its reciprocal would overflow gradients."""
+    return total < (2.0**-900 if total.dtype == torch.float64 else 2.0**-100)
 
 
 def normalise(sums: Tensor) -> Tensor:
     """The weighted values over their total weight, the last column; zero, with zero gradient, where that is none."""
     values, total = sums[..., :-1], sums[..., -1:]
-    nothing = total < LEAST_TOTAL
+    nothing = no_weight(total)
     return torch.where(nothing, 0.0, values / torch.where(nothing, 1.0, total))
 
 
 def chunked(p: LinearProblem) -> Tensor:
     """Linear attention in time and memory O(L + S)."""
+    refuse_forward_mode(p.q, p.k, p.v)
     with full_precision(p.q.device):
         q, _ = features(p.feature_map, p.q, _query_scale(p), None)
         k, exponent = features(p.feature_map, p.k, 1.0, _valid(p))
@@ -212,7 +215,7 @@ def linear_matrix(p: LinearProblem) -> Tensor:
             weights = weights * torch.exp2(exponent - exponent.amax(-1, keepdim=True))
         weights = torch.where(allowed, weights, 0.0)
         total = weights.sum(-1, keepdim=True)
-        nothing = total < LEAST_TOTAL
+        nothing = no_weight(total)
         return torch.where(nothing, 0.0, weights / torch.where(nothing, 1.0, total))
 
 

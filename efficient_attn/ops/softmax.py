@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backends import Backend
+from ..inputs import accumulation_dtype
 from ..masks import Causal, Everything
 from .blocked import blocked
 from .dense import reference
@@ -55,10 +56,12 @@ def sdpa(p: SoftmaxProblem) -> Tensor:
         if p.attn_bias is not None and p.attn_bias.dtype == torch.bool:
             attn_mask = attn_mask & p.attn_bias
         elif p.attn_bias is not None:
-            attn_mask = p.attn_bias.to(p.q.dtype).masked_fill(~attn_mask, -torch.inf)
+            # On CPU a bias may be finer than q; other devices take one dtype.
+            dtype = accumulation_dtype(p.q.dtype) if p.q.device.type == "cpu" else p.q.dtype
+            attn_mask = p.attn_bias.to(dtype).masked_fill(~attn_mask, -torch.inf)
     elif p.key_mask is not None:
-        attn_mask = p.key_mask[:, None, None, :].expand(-1, 1, p.q.shape[2], -1)
-    return F.scaled_dot_product_attention(
+        attn_mask = p.key_mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(
         p.q,
         p.k,
         p.v,
@@ -68,6 +71,7 @@ def sdpa(p: SoftmaxProblem) -> Tensor:
         scale=p.scale,
         enable_gqa=_grouped(p.q, p.k),
     )
+    return out.to(p.q.dtype)  # autocast computes fp32 inputs in its own dtype
 
 
 def attend_where(
@@ -76,13 +80,18 @@ def attend_where(
     """Softmax attention where `allowed` (B or 1, 1, L, S): for the few keys of a decoding step."""
     if k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=_grouped(q, k)
+    grouped = _grouped(q, k)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
     )
+    return out.to(q.dtype)
 
 
 def _sdpa_only(kernel: SDPBackend) -> Callable[[SoftmaxProblem], Tensor]:
     def run(p: SoftmaxProblem) -> Tensor:
+        if p.q.device.type == "cpu":
+            # The one fused kernel there takes all that was not refused; the context below is global to the process.
+            return sdpa(p)
         with sdpa_kernel(kernel):
             return sdpa(p)
 
@@ -109,6 +118,8 @@ def _refuse_sdpa(name: str, devices: tuple[str, ...], dtypes: tuple[torch.dtype,
             reasons.append(f"head sizes of k and v differ ({p.q.shape[3]} and {p.v.shape[3]})")
         if device == "cpu" and p.dropout_p > 0:
             reasons.append("no dropout on CPU")
+        if any(x.stride(-1) != 1 for x in (p.q, p.k, p.v)):
+            reasons.append("the last dimension of q, k and v must be contiguous")
         if device == "cuda" and name != "efficient" and p.key_mask is not None:
             reasons.append("takes no key_mask on CUDA")
         if reasons or device != "cuda" or torch.compiler.is_compiling():
@@ -122,7 +133,7 @@ def _torch_reasons(name: str, p: SoftmaxProblem) -> list[str]:
     """What torch itself says against a CUDA kernel, collected from its debug warnings."""
     cuda = torch.backends.cuda
     gqa = _grouped(p.q, p.k)
-    mask = None if p.key_mask is None else p.key_mask[:, None, None, :].expand(-1, 1, p.q.shape[2], -1)
+    mask = None if p.key_mask is None else p.key_mask[:, None, None, :]
     is_causal = isinstance(p.mask, Causal) and not _last_query_alone(p)
     params = cuda.SDPAParams(p.q, p.k, p.v, mask, p.dropout_p, is_causal, gqa)
     can_use = {

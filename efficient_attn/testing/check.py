@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..mechanisms import Mechanism
 from .laws import LAWS, LawViolation
+from .sampling import LENGTH
 
 
 @dataclass
@@ -43,7 +44,9 @@ class LawReport:
 def check_mechanism(
     mechanism: Mechanism, *, laws: Sequence[str] | None = None, raise_on_failure: bool = True
 ) -> LawReport:
-    """Run every law, or those named, over a mechanism for 37 tokens, head size 8 and 4 heads over 2.
+    """Run every law, or those named, on sequences of up to 37 tokens, a few laws on longer ones.
+
+    Heads are 4 over 2 of size 8, or what the mechanism declares that it was built for.
 
     A law is selected out only by what the mechanism declares (`is_causal`, `supports_segments`, `rows_sum_to_one`,
     `max_seq_len` ...), and the report says so. Any other exception than a violation counts as a violation.
@@ -54,13 +57,18 @@ def check_mechanism(
         raise_on_failure: raise at the end, with the whole report, if a law is broken.
     Raises:
         LawViolation: if a law is broken.
-        ValueError: if a law is unknown.
+        ValueError: if a law is unknown, or the mechanism takes fewer than 37 tokens.
     """
     if not isinstance(mechanism, Mechanism):
         raise TypeError(f"mechanism must be a Mechanism, got {type(mechanism).__name__}")
     unknown = [name for name in laws or () if name not in LAWS]
     if unknown:
         raise ValueError(f"unknown laws {unknown}; known ones are {list(LAWS)}")
+    if mechanism.max_seq_len is not None and mechanism.max_seq_len < LENGTH:
+        raise ValueError(
+            f"mechanism must take at least {LENGTH} tokens, its max_seq_len is {mechanism.max_seq_len}: "
+            "pass one built alike for more"
+        )
     report = LawReport(repr(mechanism))
     for name in LAWS if laws is None else laws:
         if not LAWS[name].applies(mechanism):

@@ -12,7 +12,21 @@ from torch import Tensor
 from ..mechanisms import Mechanism
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, V_HEAD_DIM = 2, 4, 2, 37, 8, 5
-"""The sizes of the laws; LENGTH is what `examples` should be made for, HEAD_DIM too."""
+"""The sizes of the laws, where the mechanism was not built for others."""
+
+EQUAL = -1
+"""As v_head_dim: that of q and k, as fused kernels want it."""
+
+
+def heads_of(mechanism: Mechanism) -> tuple[int, int]:
+    """Heads of q and of k."""
+    built_for = mechanism.num_kv_heads
+    return (HEADS, KV_HEADS) if built_for is None else (built_for, built_for)
+
+
+def head_dim_of(mechanism: Mechanism) -> int:
+    """Head size of q and k."""
+    return mechanism.head_dim or HEAD_DIM
 
 
 def sample(
@@ -29,15 +43,16 @@ def sample(
     """Normal q (batch, 4, q_len, 8), k and v (batch, 2, kv_len, 8 and 5), or as many heads as the mechanism has."""
     generator = torch.Generator().manual_seed(seed * 1009 + q_len)
     kv_len = q_len if kv_len is None else kv_len
-    heads = mechanism.num_kv_heads or KV_HEADS
+    heads, kv_heads = heads_of(mechanism)
+    head_dim = head_dim_of(mechanism)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
     return (
-        normal(batch, max(HEADS, heads), q_len, HEAD_DIM),
-        normal(batch, heads, kv_len, HEAD_DIM),
-        normal(batch, heads, kv_len, v_head_dim),
+        normal(batch, heads, q_len, head_dim),
+        normal(batch, kv_heads, kv_len, head_dim),
+        normal(batch, kv_heads, kv_len, head_dim if v_head_dim == EQUAL else v_head_dim),
     )
 
 

@@ -25,7 +25,7 @@ class Settings:
     num_layers: int = 2
     num_heads: int = 4
     batch_size: int = 2
-    steps: int = 480
+    steps: int = 400
     learning_rate: float = 3e-3
     evaluations: int = 8
     windows: int = 32
@@ -64,13 +64,13 @@ PRESETS = {
         state_lengths=(64, 256, 1024),
     ),
     "long": Settings(
-        context=2048,
-        d_model=384,
-        num_layers=6,
-        num_heads=6,
-        batch_size=8,
-        steps=4000,
-        learning_rate=1e-3,
+        context=1024,
+        d_model=256,
+        num_layers=4,
+        num_heads=8,
+        batch_size=4,
+        steps=3000,
+        learning_rate=2e-3,
         evaluations=20,
         audit_windows=4,
         sample_bytes=600,

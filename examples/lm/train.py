@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
     def __init__(self, name: str, step: int, signum: int) -> None:
         super().__init__(f"stopped {name} at step {step}")
-        self.exit_code = 128 + signum
+        self.name, self.step, self.signum = name, step, signum
 
 
 class StopRequest:
@@ -164,7 +164,7 @@ class Checkpoints:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside `path`, then moves over it: at every moment `path` is the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         with partial.open("rb+") as file:
@@ -193,21 +193,21 @@ def train(
     settings: Settings,
     corpus: Corpus,
     checkpoints: Checkpoints,
-    stop: StopRequest,
+    stop: Callable[[], int | None],
     report: Callable[[int, float], None],
 ) -> None:
     """Trains `run` from where it stands to the last step, evaluating and saving on the way.
 
     Raises:
-        Interrupted: after saving, if `stop` was requested.
+        Interrupted: after saving, once `stop` gives the number of a signal.
         DemoError: if the loss is not finite.
     """
     windows = corpus.validation_windows(settings.windows, settings.context)
     every = max(1, settings.steps // settings.evaluations)
     while run.step < settings.steps:
-        if stop.signum is not None:
+        if (signum := stop()) is not None:
             checkpoints.save(run)
-            raise Interrupted(run.name, run.step, stop.signum)
+            raise Interrupted(run.name, run.step, signum)
         began = time.perf_counter()
         loss = _train_step(run, settings, corpus)
         run.seconds += time.perf_counter() - began

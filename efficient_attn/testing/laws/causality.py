@@ -8,11 +8,11 @@ import torch
 
 from ...mechanisms import Mechanism
 from .. import sampling
-from ..sampling import HEAD_DIM, LENGTH, holes, in_dtype
+from ..sampling import EQUAL, LENGTH, holes, in_dtype
 from .law import expect, expect_close, expect_identical, law
 
 # Equal head sizes, so that fused kernels take part; the other laws have unequal ones.
-sample = partial(sampling.sample, v_head_dim=HEAD_DIM)
+sample = partial(sampling.sample, v_head_dim=EQUAL)
 
 _CUTS = (1, 5, 16, LENGTH - 1)
 

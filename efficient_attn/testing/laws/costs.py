@@ -8,31 +8,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...complexity import Shape
-from ...mechanisms import Mechanism
+from ...mechanisms import Mechanism, SoftmaxMechanism
 from ...ops.costs import register_flop_formulas
 from ..counting import count, saved_bytes
-from ..sampling import HEAD_DIM, LENGTH, V_HEAD_DIM, in_dtype, lengths, sample
+from ..sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, in_dtype, lengths, sample
 from .law import expect, law
 
 
 def _shape(m: Mechanism, q_len: int, kv_len: int, dtype: torch.dtype, v_head_dim: int = V_HEAD_DIM) -> Shape:
-    q, k, _ = sample(m, 1)
+    q, k, v = sample(m, 1, v_head_dim=v_head_dim)
     return Shape(
-        2, q.shape[1], q_len, kv_len, HEAD_DIM, num_kv_heads=k.shape[1], v_head_dim=v_head_dim, dtype=dtype
+        2, q.shape[1], q_len, kv_len, q.shape[3], num_kv_heads=k.shape[1], v_head_dim=v.shape[3], dtype=dtype
     )
 
 
-@law(lambda m: m.rows_sum_to_one and m.mask is not None)
+@law(lambda m: isinstance(m, SoftmaxMechanism))
 def model_flops_are_the_pairs_of_the_matrix(mechanism: Mechanism) -> int:
     """In the basis "model", a softmax mechanism's FLOPs are 2 (E + Ev) for every non-zero weight, and twice back."""
-    if not hasattr(mechanism, "mask_spec"):
-        return 0
     m, cases = in_dtype(mechanism, torch.float64), 0
     for q_len, kv_len in [(n, n) for n in lengths(m)] + [(5, LENGTH), (1, LENGTH)]:
         q, k, _ = sample(m, q_len, kv_len)
         pairs = int((m.matrix(q, k) > 0).sum())
         flops = m.cost(_shape(m, q_len, kv_len, torch.float64), training=True).flops
-        each = 2 * (HEAD_DIM + V_HEAD_DIM)
+        each = 2 * (head_dim_of(m) + V_HEAD_DIM)
         expect(
             flops.forward == pairs * each, f"declared {flops.forward}, {pairs} pairs at {q_len} x {kv_len}"
         )
@@ -88,13 +86,13 @@ def torch_flops_are_what_torch_counts(mechanism: Mechanism) -> int:
     m = in_dtype(mechanism, torch.float32).to("meta")
     m.backend = m._default_backend()
     for length in lengths(m):
-        inputs = [x.detach().to("meta").requires_grad_() for x in sample(m, length, v_head_dim=HEAD_DIM)]
+        inputs = [x.detach().to("meta").requires_grad_() for x in sample(m, length, v_head_dim=EQUAL)]
         inputs = [x.float().detach().requires_grad_() for x in inputs]
         with FlopCounterMode(display=False) as forward:
             out = m(*inputs)
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
-        flops = m.cost(_shape(m, length, length, torch.float32, HEAD_DIM), training=True, basis="torch").flops
+        flops = m.cost(_shape(m, length, length, torch.float32, EQUAL), training=True, basis="torch").flops
         for name, mode, declared in (
             ("forward", forward, flops.forward),
             ("backward", backward, flops.backward),
@@ -103,7 +101,7 @@ def torch_flops_are_what_torch_counts(mechanism: Mechanism) -> int:
             # On meta torch takes its unfused attention, which recomputes nothing.
             if m.backend == "sdpa" and name == "backward":
                 declared -= m.cost(
-                    _shape(m, length, length, torch.float32, HEAD_DIM), training=True, basis="hardware"
+                    _shape(m, length, length, torch.float32, EQUAL), training=True, basis="hardware"
                 ).flops.recompute
             expect(counted == declared, f"{name}: counted {counted}, declared {declared} at length {length}")
             cases += 1
@@ -118,10 +116,10 @@ def saved_bytes_are_measured(mechanism: Mechanism) -> int:
         m = in_dtype(mechanism, dtype)
         for length in (16, LENGTH):
             # Equal head sizes: torch's fused kernel, whose bytes are declared, needs them.
-            inputs = sample(m, length, dtype=dtype, grad=True, v_head_dim=HEAD_DIM)
+            inputs = sample(m, length, dtype=dtype, grad=True, v_head_dim=EQUAL)
             others = tuple(m.parameters()) + tuple(m.buffers())
             measured = saved_bytes(lambda m=m, inputs=inputs: m(*inputs), besides=others)
-            declared = m.cost(_shape(m, length, length, dtype, HEAD_DIM), training=True).saved_bytes
+            declared = m.cost(_shape(m, length, length, dtype, EQUAL), training=True).saved_bytes
             expect(
                 measured == declared, f"{measured} bytes kept, declared {declared}: length {length}, {dtype}"
             )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...mechanisms import Mechanism
 from .. import sampling
-from ..sampling import HEAD_DIM, LENGTH, holes, in_dtype, lengths
+from ..sampling import EQUAL, LENGTH, holes, in_dtype, lengths
 from .law import expect, expect_close, expect_identical, law
 
 # Equal head sizes, so that fused kernels take part; the other laws have unequal ones.
-sample = partial(sampling.sample, v_head_dim=HEAD_DIM)
+sample = partial(sampling.sample, v_head_dim=EQUAL)
 
 _CONTENTS = {"x1": 1.0, "x100": 100.0, "NaN": torch.nan, "Inf": torch.inf}
 

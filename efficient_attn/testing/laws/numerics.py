@@ -8,11 +8,11 @@ import torch
 
 from ...mechanisms import Mechanism
 from .. import sampling
-from ..sampling import HEAD_DIM, LENGTH, expand_heads, holes, in_dtype, lengths
+from ..sampling import EQUAL, LENGTH, expand_heads, holes, in_dtype, lengths
 from .law import expect, expect_identical, law
 
 # Equal head sizes, so that fused kernels take part; the other laws have unequal ones.
-sample = partial(sampling.sample, v_head_dim=HEAD_DIM)
+sample = partial(sampling.sample, v_head_dim=EQUAL)
 
 
 @law()

@@ -13,7 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from ...mechanisms import Mechanism
 from ..counting import untouched_rng
-from ..sampling import HEAD_DIM, HEADS, LENGTH, V_HEAD_DIM, expand_heads, holes, in_dtype, sample
+from ..sampling import (
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    V_HEAD_DIM,
+    expand_heads,
+    head_dim_of,
+    heads_of,
+    holes,
+    in_dtype,
+    sample,
+)
 from .law import expect, expect_close, expect_identical, law
 
 
@@ -24,7 +35,7 @@ def grouped_heads_equal_repeated_heads(mechanism: Mechanism) -> int:
     for length in (1, 16, LENGTH):
         q, k, v = sample(m, length, grad=True)
         shared = m(q, k, v)
-        repeated = m(q, expand_heads(k, HEADS), expand_heads(v, HEADS))
+        repeated = m(q, expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1]))
         expect_close(shared, repeated, f"output at length {length}")
         for name, a, b in zip(
             "qkv",
@@ -40,18 +51,19 @@ def grouped_heads_equal_repeated_heads(mechanism: Mechanism) -> int:
 def takes_empty_inputs(mechanism: Mechanism) -> int:
     """No batch, no queries, no keys: right shapes, zeros where there is nothing to attend to, gradients that exist."""
     m = in_dtype(mechanism, torch.float32)
-    heads = m.num_kv_heads or 2
+    heads, kv_heads = heads_of(m)
+    size = head_dim_of(m)
     for batch, q_len, kv_len in ((0, 7, 7), (2, 0, 7), (2, 0, 0), (2, 3, 0), (0, 0, 0)):
-        q = torch.randn(batch, HEADS, q_len, HEAD_DIM, requires_grad=True)
-        k = torch.randn(batch, heads, kv_len, HEAD_DIM, requires_grad=True)
-        v = torch.randn(batch, heads, kv_len, V_HEAD_DIM, requires_grad=True)
+        q = torch.randn(batch, heads, q_len, size, requires_grad=True)
+        k = torch.randn(batch, kv_heads, kv_len, size, requires_grad=True)
+        v = torch.randn(batch, kv_heads, kv_len, V_HEAD_DIM, requires_grad=True)
         for mask in (None, torch.ones(batch, kv_len, dtype=torch.bool)):
             out = m(q, k, v, key_mask=mask, q_offset=0)
-            expect(out.shape == (batch, HEADS, q_len, V_HEAD_DIM), f"output {tuple(out.shape)}")
+            expect(out.shape == (batch, heads, q_len, V_HEAD_DIM), f"output {tuple(out.shape)}")
             expect(bool((out == 0).all()) or kv_len > 0, "something came from no keys")
             for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
                 expect(grad.shape == x.shape and bool(torch.isfinite(grad).all()), "gradient")
-            expect(m.matrix(q, k, key_mask=mask, q_offset=0).shape == (batch, HEADS, q_len, kv_len), "matrix")
+            expect(m.matrix(q, k, key_mask=mask, q_offset=0).shape == (batch, heads, q_len, kv_len), "matrix")
     return 10
 
 

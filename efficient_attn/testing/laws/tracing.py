@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ...mechanisms import Mechanism
-from ..sampling import HEAD_DIM, HEADS, LENGTH, V_HEAD_DIM, holes, in_dtype, sample
+from ..sampling import LENGTH, V_HEAD_DIM, head_dim_of, heads_of, holes, in_dtype, sample
 from .law import expect, expect_close, law
 
 
@@ -14,13 +14,14 @@ from .law import expect, expect_close, law
 def runs_on_meta(mechanism: Mechanism) -> int:
     """Shapes and dtypes come out right without data, forward and backward."""
     m = in_dtype(mechanism, torch.bfloat16).to("meta")
-    heads = m.num_kv_heads or 2
+    heads, kv_heads = heads_of(m)
+    size = head_dim_of(m)
     inputs = [
-        torch.empty(2, h, LENGTH, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
-        for h, size in ((HEADS, HEAD_DIM), (heads, HEAD_DIM), (heads, V_HEAD_DIM))
+        torch.empty(2, h, LENGTH, e, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for h, e in ((heads, size), (kv_heads, size), (kv_heads, V_HEAD_DIM))
     ]
     out = m(*inputs)
-    expect(out.shape == (2, HEADS, LENGTH, V_HEAD_DIM) and out.dtype == torch.bfloat16, f"output {out}")
+    expect(out.shape == (2, heads, LENGTH, V_HEAD_DIM) and out.dtype == torch.bfloat16, f"output {out}")
     grads = torch.autograd.grad(out.sum(), inputs)
     expect(
         all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, inputs, strict=True)),
