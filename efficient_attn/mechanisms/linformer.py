@@ -126,7 +126,7 @@ class LinformerAttention(Mechanism):
     def _cost(self, shape: Shape, training: bool, phase: str, basis: str, backend: str) -> Cost:
         self._check_sizes("shape", shape.kv_len, shape.num_kv_heads)
         num_params = sum(p.numel() for p in self.parameters())
-        return compressed_cost(self.rank, num_params, shape, training, basis, backend)
+        return compressed_cost(self.rank, self.num_kv_heads or 1, num_params, shape, training, basis, backend)
 
     def exact_limit(self, seq_len: int) -> Mechanism | None:
         """E = F = identity: nothing is compressed. Only on exactly `seq_len` tokens, all of them valid."""

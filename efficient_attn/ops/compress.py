@@ -32,8 +32,8 @@ def compress(x: Tensor, projection: Tensor, start: Tensor | None) -> Tensor:
         inside = (index < length)[:, None, :, None]
         index = index.clamp(max=length - 1)[:, None, :, None]
         x = torch.where(inside, x.gather(2, index.expand(x.shape)), 0.0)
-    # float16 does not hold sums along a sequence.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    # Half precision holds no sums along a sequence: float16 not their size, bfloat16 not their digits.
+    dtype = accumulation_dtype(x.dtype)
     projection, x = projection[..., :length, :].to(dtype), x.to(dtype)
     if projection.dim() == 2:
         return projection.mT @ x
@@ -92,9 +92,9 @@ COMPRESSED_BACKENDS = (
 
 
 def compressed_cost(
-    rank: int, num_params: int, shape: Shape, training: bool, basis: str, backend: str
+    rank: int, heads: int, num_params: int, shape: Shape, training: bool, basis: str, backend: str
 ) -> Cost:
-    """The compression of k and v, then attention to `rank` keys."""
+    """The compression of k and v by projections for `heads` heads, then attention to `rank` keys."""
     both = shape.head_dim + shape.v_head_dim
     rows = shape.batch * shape.num_heads * shape.q_len
     keys = shape.batch * shape.num_kv_heads * shape.kv_len
@@ -114,13 +114,15 @@ def compressed_cost(
     flops = Flops(forward, 2 * forward if training else 0, recompute)
     if basis == "torch":
         flops = Flops(flops.forward, flops.backward + flops.recompute)
-    saved = shape.input_bytes + shape.output_bytes + small * shape.dtype.itemsize + rows * width
+    saved = shape.q_numel + shape.k_numel + shape.v_numel + shape.out_numel + small + rows
+    if shape.dtype.itemsize < width:
+        saved += 2 * heads * shape.kv_len * rank  # the projections in the accumulation dtype
     return Cost(
         flops,
         bytes_read=shape.input_bytes + num_params * shape.dtype.itemsize,
         bytes_written=shape.output_bytes,
         params=num_params,
-        saved_bytes=saved if training else 0,
+        saved_bytes=saved * width if training else 0,
         peak_bytes=shape.output_bytes * 2 + small * width * 3 + rows * width + shape.input_bytes * 2,
         terms=terms,
     )
