@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from efficient_attn.masks import (
     BlockLayout,
@@ -121,7 +122,8 @@ def test_tiles_hold_every_pair_exactly_once(mask, q_len, num_keys, offset, rows,
 @pytest.mark.parametrize("size", [1, 4, 6])
 def test_block_layout_is_exact(mask, q_len, num_keys, offset, size):
     truth = brute(mask, q_len, num_keys, offset)
-    layout = BlockLayout.of(mask, q_len, num_keys, size, offset)
+    layout = mask.block_layout(q_len, num_keys, size, offset)
+    assert isinstance(layout, BlockLayout)
     for row in range(-(-q_len // size)):
         full = set(layout.full_index[layout.full_start[row] : layout.full_start[row + 1]].tolist())
         partial = set(
@@ -143,6 +145,15 @@ def test_tile_plans_are_subquadratic(mask):
     # A stride of 5 is a constant share of all pairs, so compare each plan with the pairs themselves.
     n = 1024
     assert covered(n) <= 2.5 * mask.pairs(n, n) + 64 * 3 * n
+
+
+@every_mask
+def test_flex_attention_takes_the_predicate(mask):
+    block_mask = create_block_mask(
+        mask.mask_mod(40, q_offset=8), None, None, 32, 40, device="cpu", BLOCK_SIZE=8
+    )
+    blocks = mask.dense(32, 40, 8).view(4, 8, 5, 8).any(3).any(1)
+    assert torch.equal(block_mask.to_dense()[0, 0].bool(), blocks)
 
 
 def test_pair_counts_at_a_million_tokens_are_closed_forms():

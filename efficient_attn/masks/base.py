@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .layout import Tile, tiles_from_spans
+from .layout import BlockLayout, Tile, tiles_from_spans
 
 Spans = tuple[Tensor, Tensor]
 """Half-open key intervals [lower, upper) of each query: two (..., slots) tensors; empty where upper <= lower."""
@@ -88,6 +88,12 @@ class Mask(ABC):
         q = torch.arange(offset, offset + q_len, device=device)[:, None]
         k = torch.arange(num_keys, device=device)[None, :]
         return self.sized(num_keys).allows(q, k).expand(q_len, num_keys)
+
+    def block_layout(
+        self, q_len: int, num_keys: int, block_size: int, q_offset: int | None = None
+    ) -> BlockLayout:
+        """The blocks that hold anything, full and partial, in time linear in rows and stored blocks."""
+        return BlockLayout.of(self, q_len, num_keys, block_size, q_offset)
 
     def mask_mod(
         self, num_keys: int, q_offset: int = 0

@@ -11,6 +11,7 @@ from ...complexity import Shape
 from ...mechanisms import Mechanism
 from ...state import State
 from ..sampling import LENGTH, V_HEAD_DIM, holes, in_dtype, sample
+from .budgets import within_budget
 from .law import expect, expect_close, law
 
 _CHUNKINGS = ([1] * LENGTH, [LENGTH], [20, 1, 16], [5, 30, 2], [1, 36])
@@ -50,8 +51,6 @@ def stepping_equals_forward(mechanism: Mechanism) -> int:
 @law(lambda m: m.is_causal)
 def stepping_keeps_precision(mechanism: Mechanism) -> int:
     """Token by token in bfloat16, errors are those of `forward`: the state is as precise as its sums need."""
-    from ..budgets import within_budget
-
     exact = in_dtype(mechanism, torch.float64)
     m = in_dtype(mechanism, torch.bfloat16)
     inputs = sample(m, 150, dtype=torch.bfloat16, batch=1)

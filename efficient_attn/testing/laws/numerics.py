@@ -9,6 +9,7 @@ import torch
 from ...mechanisms import Mechanism
 from .. import sampling
 from ..sampling import EQUAL, LENGTH, expand_heads, holes, in_dtype, lengths
+from .budgets import within_budget
 from .law import expect, expect_identical, law
 
 # Equal head sizes, so that fused kernels take part; the other laws have unequal ones.
@@ -18,8 +19,6 @@ sample = partial(sampling.sample, v_head_dim=EQUAL)
 @law()
 def error_is_within_budget(mechanism: Mechanism) -> int:
     """In fp32, bf16 and fp16 every backend errs no more than plain torch, outputs and gradients, against fp64."""
-    from ..budgets import within_budget
-
     cases = 0
     exact = in_dtype(mechanism, torch.float64)
     exact.backend = "reference"
@@ -53,8 +52,6 @@ def error_is_within_budget(mechanism: Mechanism) -> int:
 @law()
 def cancels_nothing_far_from_zero(mechanism: Mechanism) -> int:
     """With queries and keys around -6, where elu + 1 in half precision is 0, outputs err no more than plain torch."""
-    from ..budgets import within_budget
-
     exact = in_dtype(mechanism, torch.float64)
     exact.backend = "reference"
     for dtype in (torch.bfloat16, torch.float16):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .laws.law import LawViolation
+from .law import LawViolation
 
 
 def within_budget(
