@@ -1,7 +1,7 @@
 """Trains the same small language model on real text with different attention, and compares what they cost.
 
     pip install -e '.[demo]'
-    python examples/long_context_lm.py                     # about 5 minutes on two cores, nothing to download
+    python examples/long_context_lm.py                     # 3 to 5 minutes on two cores, nothing to download
     python examples/long_context_lm.py --data book.txt --mechanisms full,longformer
     python examples/long_context_lm.py --quick             # does everything work? about 20 seconds
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from lm import DemoError
 from lm.audit import audit_leak, decode_difference, looking_ahead, sample
-from lm.data import Corpus, bigram_bits, load_corpus
+from lm.data import PYTHON_TOPICS, Corpus, bigram_bits, load_corpus
 from lm.measure import layer_scaling, saved_bytes, state_bytes, training_step_peak
 from lm.model import PRESETS, Settings, mechanism_options, select_mechanisms
 from lm.parallel import train_side_by_side
@@ -118,7 +118,10 @@ def _train_all(
         for name, run in runs.items():
             checkpoints.restore(run)
             if run.step:
-                say(f"{name}: continues at step {run.step} of {settings.steps}")
+                done = run.step == settings.steps
+                say(
+                    f"{name}: {'trained already' if done else f'continues at step {run.step} of {settings.steps}'}"
+                )
             tasks[name] = progress.add_task(
                 f"train {name}", total=settings.steps, completed=run.step, note=""
             )
@@ -241,7 +244,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--jobs", type=_positive, help="mechanisms trained at once (default: cores / threads; 1 if --quick)")
     add("--threads", type=_positive, default=1, help="CPU threads of each (default: 1)")
-    add("--prompt", help="what the trained models continue (default: the start of the held-out text)")
+    add(
+        "--prompt",
+        help="what the trained models continue (default: a few words, or the start of the held-out part of --data)",
+    )
     parser.set_defaults(preset="default")
     return parser
 
@@ -267,6 +273,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _prompt(text: str | None, corpus: Corpus, settings: Settings) -> Tensor:
     length = min(64, settings.context // 2)
+    if text is None and corpus.source == PYTHON_TOPICS:
+        text = "The value of the "
     if text is None:
         return corpus.validation[:length].long()
     if not text:

@@ -15,6 +15,7 @@ from . import DemoError
 
 VOCABULARY = 256
 VALIDATION_PART = 0.1
+PYTHON_TOPICS = "pydoc_data.topics"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load_corpus(path: Path | None, context: int) -> Corpus:
     Raises:
         DemoError: if there is no such file, it is not UTF-8 text, or it is too short for `context`.
     """
-    source, raw = ("pydoc_data.topics", _python_topics()) if path is None else (str(path), _read(path))
+    source, raw = (PYTHON_TOPICS, _python_topics()) if path is None else (str(path), _read(path))
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -95,7 +96,7 @@ def bigram_bits(corpus: Corpus, windows: Tensor) -> Tensor:
 
 def _python_topics() -> bytes:
     try:
-        topics = importlib.import_module("pydoc_data.topics").topics
+        topics = importlib.import_module(PYTHON_TOPICS).topics
     except ImportError:
         raise DemoError(
             "this Python has no pydoc_data.topics (it is not a full CPython): pass --data FILE"

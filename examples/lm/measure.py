@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from efficient_attn import Attention, Mechanism, Shape
 
+from . import DemoError
 from .model import Rotary, Settings, build_model, make_mechanism
 from .train import next_byte_loss
 
@@ -33,7 +34,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
         work()
     results = records.profiler.kineto_results if records.profiler is not None else None
     if results is None:
-        raise RuntimeError("torch.profiler recorded nothing: this torch was built without Kineto")
+        raise DemoError("peak memory cannot be measured: this torch was built without Kineto")
     held = peak = 0
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]: missing from the stub

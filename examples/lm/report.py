@@ -129,24 +129,24 @@ def plot(results: Results, path: Path) -> None:
 def _quality_table(results: Results) -> Table:
     settings, source = results["settings"], results["data"]
     table = _table(
-        f"Quality on {source['source']}: context {settings['context']} bytes,"
-        f" {settings['steps']} steps of {settings['batch_size']} sequences",
-        "bits/char",
-        "to full (s.e.)",
+        f"Bits per character on {source['source']}: context {settings['context']},"
+        f" {settings['steps']} steps of {settings['batch_size']}",
+        "bits",
+        "to full",
         "last 1/4",
         "leak",
         "decode",
         caption=f"Held-out text, {source['evaluated_bytes']:,} bytes"
         f" ({source['held_out_lines_also_in_training']:.0%} of its lines also stand in the training text)."
-        " s.e.: over windows, one seed. last 1/4: of the context. leak: the largest change of a past logit when the"
-        " future is blanked. decode: the largest difference between logits by step and teacher-forced.",
+        " ±: standard error over windows; one seed. last 1/4: of the context. leak: the largest change of a past"
+        " logit when the future is blanked. decode: the largest difference between logits by step and teacher-forced.",
     )
     for name, row in results["mechanisms"].items():
         delta, error, audit = row["delta_to_full"], row["delta_standard_error"], row["audit"]
         table.add_row(
             name,
             f"{row['bits_per_character']:.3f}",
-            "-" if delta is None or name == "full" else f"{delta:+.3f} ({_number(error, '.3f')})",
+            "-" if delta is None or name == "full" else f"{delta:+.3f} ±{_number(error, '.3f')}",
             f"{row['bits_per_character_last_quarter']:.3f}",
             "0 exactly" if audit["exact"] else f"[bold red]{_number(audit['difference'], '.1e')}[/]",
             _number(row["decode_difference"], ".0e"),
