@@ -34,6 +34,8 @@ class Mask(ABC):
     registry: ClassVar[dict[str, type[Mask]]] = {}
     anchored: ClassVar[bool] = False
     """Whether the pattern counts from the first key, rather than from the distance of query and key alone."""
+    drawn_over_all: ClassVar[bool] = False
+    """Whether the pattern depends on the number of keys: only then does `sized` change anything."""
     has_plan: ClassVar[bool] = False
     """Whether `tiles` knows better than the plan that follows from `row_spans`."""
 
@@ -159,6 +161,10 @@ class _Pair(Mask):
     @property
     def anchored(self) -> bool:  # type: ignore[override]
         return self.a.anchored or self.b.anchored
+
+    @property
+    def drawn_over_all(self) -> bool:  # type: ignore[override]
+        return self.a.drawn_over_all or self.b.drawn_over_all
 
     @property
     def has_plan(self) -> bool:  # type: ignore[override]

@@ -123,6 +123,10 @@ class RandomBlocks(Mask):
     num_blocks: int | Tensor | None = None
     anchored = True
 
+    @property
+    def drawn_over_all(self) -> bool:  # type: ignore[override]
+        return not self.causal
+
     def sized(self, num_keys: int | Tensor) -> Mask:
         return self if self.causal else replace(self, num_blocks=-(-num_keys // self.block))
 

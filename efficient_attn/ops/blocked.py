@@ -58,12 +58,12 @@ class _Rows:
 
 
 def _row_groups(mask: Mask, k_segment: Tensor | None, num_keys: int) -> Iterator[_Rows]:
-    """One group for an unanchored mask; else one for each first valid position, and each last one if it matters."""
+    """One group for an unanchored mask, else one for each first valid position; the last matters to some draws."""
     if k_segment is None or not mask.anchored:
         yield _Rows(None, 0, num_keys)
         return
     start, stop = anchors(k_segment >= 0)
-    if mask.sized(num_keys) == mask.sized(2 * num_keys + 1_000_000):
+    if not mask.drawn_over_all:
         stop = torch.full_like(stop, num_keys)
     members: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):

@@ -1,4 +1,4 @@
-"""Tracing: meta tensors, torch.compile, torch.export, the operator checks of torch.library."""
+"""Tracing: meta tensors, torch.compile, torch.export."""
 
 from __future__ import annotations
 
