@@ -108,6 +108,7 @@ class Cost:
         bytes_read, bytes_written: the least traffic: every input read once, every output written once.
         params: learnt numbers.
         saved_bytes: kept from the forward pass for the backward pass, inputs included; 0 unless training.
+            Exact for the backends that "auto" takes, an estimate for "reference".
         peak_bytes: an estimate of what is allocated at once: output, saved (inputs excepted), workspace.
         state_bytes: of the decode state after `kv_len` tokens, none of them masked; 0 if the mechanism cannot decode.
         terms: forward FLOPs by name; they sum to `flops.forward`.

@@ -75,7 +75,7 @@ def stays_finite(mechanism: Mechanism) -> int:
             inputs = [x.to(dtype).requires_grad_() for x in inputs]
             out = m(*inputs)
             # A mixture of values with weights beyond 1 (Linformer) may exceed the dtype; nothing else may.
-            exact = in_dtype(mechanism, torch.float64)(*(x.double() for x in inputs)).abs()
+            exact = in_dtype(m, torch.float64)(*(x.double() for x in inputs)).abs()
             fits = exact < torch.finfo(dtype).max / 2
             expect(bool(torch.isfinite(out[fits]).all()), f"output at scale {factor:g}, {dtype}")
             # Small, so that products of inputs and gradients fit the dtype that holds them.
