@@ -35,6 +35,9 @@ class FeatureMap(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch length head_dim"]) -> Features:
         """The features of `x`, which is in the accumulation dtype already."""
 
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise ValueError if the map was built for another size."""
+
     def num_features(self, head_dim: int) -> int:
         """M for inputs of `head_dim`."""
         return head_dim
@@ -44,16 +47,32 @@ class FeatureMap(nn.Module, ABC):
         return 0
 
     def saved(self, head_dim: int) -> int:
-        """Numbers kept for the backward pass for one token of one head, the features excepted."""
-        return 0
+        """Numbers kept for the backward pass for one token of one head, the features excepted.
 
-    def cast(self, dtype: torch.dtype) -> int:
-        """Numbers kept because parameters in `dtype` are cast to the accumulation dtype, for one call."""
+        Asked of maps that are not in FORMULAS; of the others nothing is kept but the inputs.
+        """
         return 0
 
     def params(self) -> int:
         """How many numbers are learnt."""
         return sum(p.numel() for p in self.parameters())
+
+
+class Formula(ABC):
+    """A feature map as a pure function with a known derivative: what operators compute block by block.
+
+    `projection` is None, or the matrix (M, E) of random features.
+    """
+
+    has_exponent: bool = False
+
+    @abstractmethod
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
+        """The features of `x`."""
+
+    @abstractmethod
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        """The gradient of `x`, given that of the values of `phi`; exponents are constants."""
 
 
 class EluPlusOne(FeatureMap):
@@ -65,22 +84,15 @@ class EluPlusOne(FeatureMap):
     name = "elu"
 
     def forward(self, x: Tensor) -> Features:
-        return Features(_EluPlusOne.apply(x), None)
+        return _ELU.values(x, None)
 
 
-class _EluPlusOne(torch.autograd.Function):
-    """Keeps its output alone for the backward pass: the derivative is min(phi, 1)."""
+class _EluFormula(Formula):
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
+        return Features(torch.exp2(x.clamp(max=0) * _LOG2_E) + torch.relu(x), None)
 
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        phi = torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
-        ctx.save_for_backward(phi)
-        return phi
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        (phi,) = ctx.saved_tensors
-        return grad * phi.clamp(max=1)
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        return grad * phi.values.clamp(max=1)
 
 
 class Relu(FeatureMap):
@@ -89,7 +101,15 @@ class Relu(FeatureMap):
     name = "relu"
 
     def forward(self, x: Tensor) -> Features:
+        return _RELU.values(x, None)
+
+
+class _ReluFormula(Formula):
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
         return Features(torch.relu(x), None)
+
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        return grad.masked_fill(x <= 0, 0.0)
 
 
 class SquaredRelu(FeatureMap):
@@ -99,12 +119,22 @@ class SquaredRelu(FeatureMap):
     has_exponent = True
 
     def forward(self, x: Tensor) -> Features:
+        return _SQUARED_RELU.values(x, None)
+
+
+class _SquaredReluFormula(Formula):
+    has_exponent = True
+
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
         x = torch.relu(x)
         exponent = torch.ceil(torch.log2(x.detach().amax(-1))).clamp(min=-_LARGEST, max=_LARGEST)
         return Features((x * torch.exp2(-exponent)[..., None]).square(), 2 * exponent)
 
-    def saved(self, head_dim: int) -> int:
-        return 2 * head_dim + 1
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        assert phi.exponent is not None
+        # x 2^-exponent first: its square root would be fine, but not x 2^(-2 exponent).
+        scale = torch.exp2(-phi.exponent / 2)[..., None]
+        return grad * (torch.relu(x) * scale) * (2 * scale)
 
 
 class Exp(FeatureMap):
@@ -114,19 +144,29 @@ class Exp(FeatureMap):
     has_exponent = True
 
     def forward(self, x: Tensor) -> Features:
-        return from_logarithm(x)
+        return _EXP.values(x, None)
+
+
+class _ExpFormula(Formula):
+    has_exponent = True
+
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
+        return from_logarithm(x * _LOG2_E)
+
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        return grad * phi.values
 
 
 _LARGEST = 60.0  # |exponent| for features that are zero or subnormal: 2^60 still squares within fp32
+_LOG2_E = math.log2(math.e)
 
 
-def from_logarithm(log_phi: Tensor) -> Features:
-    """Features exp(log_phi), scaled by the power of two that brings each token's largest into (1/2, 1]."""
-    peak = log_phi.detach().amax(-1)
-    exponent = torch.ceil(peak / math.log(2))
-    # The rest lies in (-log 2, 0], but a large peak rounds coarser than that.
-    rest = (peak - exponent * math.log(2)).clamp(-math.log(2), 0)
-    return Features(torch.exp((log_phi - peak[..., None]) + rest[..., None]), exponent)
+def from_logarithm(log2_phi: Tensor) -> Features:
+    """Features 2^log2_phi, scaled by the power of two that brings each token's largest into (1/2, 1]."""
+    peak = log2_phi.detach().amax(-1)
+    exponent = torch.ceil(peak)
+    # The difference to the peak is exact where it matters; the peak may be coarser than the rest, in (-1, 0].
+    return Features(torch.exp2((log2_phi - peak[..., None]) + (peak - exponent)[..., None]), exponent)
 
 
 class Favor(FeatureMap):
@@ -171,13 +211,12 @@ class Favor(FeatureMap):
             self.projection.copy_(orthogonal_gaussian(self.size, self.head_dim, self.seed))
 
     def forward(self, x: Tensor) -> Features:
-        if x.shape[-1] != self.head_dim:
-            raise ValueError(f"head_dim of the mechanism is {self.head_dim}, q and k have {x.shape[-1]}")
-        x = x * self.head_dim**-0.25
-        projected = x @ self.projection.to(x.dtype).mT
-        if self.kernel == "relu":
-            return Features(torch.relu(projected * self.size**-0.5), None)
-        return from_logarithm(projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.size) / 2)
+        self.check_head_dim(x.shape[-1])
+        return FORMULAS[self.name].values(x, self.projection.to(x.dtype))
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if head_dim != self.head_dim:
+            raise ValueError(f"head_dim of the mechanism is {self.head_dim}, q and k have {head_dim}")
 
     def num_features(self, head_dim: int) -> int:
         return self.size
@@ -185,14 +224,62 @@ class Favor(FeatureMap):
     def flops(self, head_dim: int) -> int:
         return 2 * self.size * head_dim
 
-    def saved(self, head_dim: int) -> int:
-        return head_dim if self.kernel == "softmax" else 0
-
-    def cast(self, dtype: torch.dtype) -> int:
-        return self.projection.numel() if dtype.itemsize < 4 else 0
-
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, num_features={self.size}, seed={self.seed}, kernel={self.kernel!r}"
+
+
+class _FavorSoftmax(Formula):
+    has_exponent = True
+
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
+        assert projection is not None
+        size, width = projection.shape
+        x = x * (width**-0.25 * _LOG2_E**0.5)
+        # In base 2, with sqrt(log2 e) in x and in the projection.
+        log2_phi = x @ (projection * _LOG2_E**0.5).mT
+        return from_logarithm(log2_phi - (x.square().sum(-1, keepdim=True) / 2 + math.log2(size) / 2))
+
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        assert projection is not None
+        scale = projection.shape[1] ** -0.25
+        grad = grad * phi.values
+        return (grad @ projection) * scale - (grad.sum(-1, keepdim=True) * scale**2) * x
+
+
+class _FavorRelu(Formula):
+    def values(self, x: Tensor, projection: Tensor | None) -> Features:
+        return Features(torch.relu(self._project(x, projection)), None)
+
+    def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
+        assert projection is not None
+        return (grad.masked_fill(phi.values <= 0, 0.0) @ projection) * self._scale(projection)
+
+    def _project(self, x: Tensor, projection: Tensor | None) -> Tensor:
+        assert projection is not None
+        return (x @ projection.mT) * self._scale(projection)
+
+    @staticmethod
+    def _scale(projection: Tensor) -> float:
+        size, width = projection.shape
+        return width**-0.25 * size**-0.5
+
+
+_ELU, _RELU, _SQUARED_RELU, _EXP = _EluFormula(), _ReluFormula(), _SquaredReluFormula(), _ExpFormula()
+
+FORMULAS: dict[str, Formula] = {
+    EluPlusOne.name: _ELU,
+    Relu.name: _RELU,
+    SquaredRelu.name: _SQUARED_RELU,
+    Exp.name: _EXP,
+    "favor_softmax": _FavorSoftmax(),
+    "favor_relu": _FavorRelu(),
+}
+"""The maps that operators know, by name."""
+
+
+def formula_of(phi: FeatureMap) -> str | None:
+    """The key of `phi` in FORMULAS; None for a map of somebody else's, a subclass of ours included."""
+    return phi.name if type(phi) in (EluPlusOne, Relu, SquaredRelu, Exp, Favor) else None
 
 
 def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Float[Tensor, "rows columns"]:

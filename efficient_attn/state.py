@@ -53,7 +53,11 @@ class State:
 
 @dataclass
 class KVState(State):
-    """Every key and value so far: grows with the sequence. `key_mask` is None while no token was masked."""
+    """Every key and value so far: grows with the sequence. `key_mask` is None while no token was masked.
+
+    Tokens are views of buffers with room for more, up to a quarter more than there are, which `nbytes` leaves out.
+    A token is written in place only after the newest state of its buffer: stepping twice from one state is safe.
+    """
 
     growing: ClassVar[tuple[str, ...]] = ("k", "v")
     optional: ClassVar[tuple[str, ...]] = ("key_mask",)
@@ -62,16 +66,62 @@ class KVState(State):
     v: Float[Tensor, "batch kv_heads length v_head_dim"]
     key_mask: Bool[Tensor, "batch length"] | None = None
 
+    def __post_init__(self) -> None:
+        self._rooms = _Room(), _Room(), _Room()
+
     def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> KVState:
         """This state and the new tokens after it."""
-        joint = None
+        masks = None
         if self.key_mask is not None or key_mask is not None:
             past, new = (
                 x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
                 for x, mask in ((self.k, self.key_mask), (k, key_mask))
             )
-            joint = torch.cat([past, new], 1)
-        return KVState(torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), joint)
+            masks = self._rooms[2].append(past, new, 1)
+        longer = KVState(self._rooms[0].append(self.k, k, 2), self._rooms[1].append(self.v, v, 2), masks)
+        longer._rooms = self._rooms
+        return longer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view would take its whole buffer along.
+        return {name: None if x is None else x.clone() for name, x in vars(self).items() if name != "_rooms"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+
+class _Room:
+    """A buffer that is longer than what it holds, so that appending to it copies nothing."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+        self._filled = 0
+
+    def append(self, past: Tensor, new: Tensor, dim: int) -> Tensor:
+        """`past` and `new` along `dim`: in place if `past` is all that the buffer holds, else a copy."""
+        if torch.compiler.is_compiling() or _wants_gradient(past, new):
+            return torch.cat([past, new], dim)
+        length = past.shape[dim] + new.shape[dim]
+        buffer = self._buffer
+        if buffer is None or not self._continues(past, dim) or length > buffer.shape[dim]:
+            shape = list(past.shape)
+            shape[dim] = length + length // 4
+            buffer = self._buffer = past.new_empty(shape)
+            buffer.narrow(dim, 0, past.shape[dim]).copy_(past)
+        self._filled = length
+        buffer.narrow(dim, past.shape[dim], new.shape[dim]).copy_(new)
+        return buffer.narrow(dim, 0, length)
+
+    def _continues(self, past: Tensor, dim: int) -> bool:
+        buffer = self._buffer
+        assert buffer is not None
+        writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+        return writable and buffer.data_ptr() == past.data_ptr() and self._filled == past.shape[dim]
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 @dataclass

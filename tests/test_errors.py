@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -100,7 +101,8 @@ def test_cost_refuses_a_backend_that_the_mechanism_has_not(mechanism: Mechanism)
 
 
 def contents(state: State) -> dict[str, Any]:
-    return {name: t.clone() if isinstance(t, Tensor) else t for name, t in vars(state).items()}
+    held = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {name: t.clone() if isinstance(t, Tensor) else t for name, t in held.items()}
 
 
 def check_same(state: State, before: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -36,6 +36,8 @@ class Mask(ABC):
     """Whether the pattern counts from the first key, rather than from the distance of query and key alone."""
     drawn_over_all: ClassVar[bool] = False
     """Whether the pattern depends on the number of keys: only then does `sized` change anything."""
+    stationary: ClassVar[bool] = False
+    """Whether a pair is allowed by the distance q - k alone."""
     has_plan: ClassVar[bool] = False
     """Whether `tiles` knows better than the plan that follows from `row_spans`."""
 
@@ -65,6 +67,10 @@ class Mask(ABC):
     def hull(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         """One interval that holds every key of the queries [start, stop)."""
         return 0, num_keys
+
+    def core(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+        """One interval of keys that every query in [start, stop) has; empty if none is known."""
+        return 0, 0
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
         """Tiles of at most `size` queries that hold every allowed pair of [start, stop) exactly once."""
@@ -167,6 +173,10 @@ class _Pair(Mask):
         return self.a.drawn_over_all or self.b.drawn_over_all
 
     @property
+    def stationary(self) -> bool:  # type: ignore[override]
+        return self.a.stationary and self.b.stationary
+
+    @property
     def has_plan(self) -> bool:  # type: ignore[override]
         return self.a.has_plan or self.b.has_plan
 
@@ -191,6 +201,10 @@ class And(_Pair):
 
     def hull(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         (a_low, a_up), (b_low, b_up) = self.a.hull(start, stop, num_keys), self.b.hull(start, stop, num_keys)
+        return max(a_low, b_low), min(a_up, b_up)
+
+    def core(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+        (a_low, a_up), (b_low, b_up) = self.a.core(start, stop, num_keys), self.b.core(start, stop, num_keys)
         return max(a_low, b_low), min(a_up, b_up)
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
@@ -228,7 +242,8 @@ class Or(_Pair):
             return
         yield from self.a.tiles(start, stop, num_keys, size)
         for tile in self.b.tiles(start, stop, num_keys, size):
-            yield replace(tile, mask=_Minus(tile.mask or Everything(), self.a), first=False, inner=())
+            mask = _Minus(tile.mask or Everything(), self.a)
+            yield Tile(tile.rows, (), tile.keys, mask, first=False)
 
 
 @dataclass(frozen=True)
@@ -237,6 +252,10 @@ class _Minus(Mask):
 
     a: Mask
     b: Mask
+
+    @property
+    def stationary(self) -> bool:  # type: ignore[override]
+        return self.a.stationary and self.b.stationary
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return self.a.allows(q, k) & ~self.b.allows(q, k)
@@ -249,6 +268,8 @@ class _Minus(Mask):
 class Causal(Mask):
     """Keys at or before the query."""
 
+    stationary = True
+
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return k <= q
 
@@ -258,10 +279,18 @@ class Causal(Mask):
     def hull(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         return 0, max(0, min(stop, num_keys))
 
+    def core(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+        return 0, max(0, min(start + 1, num_keys))
+
 
 @dataclass(frozen=True)
 class Everything(Mask):
     """Every pair."""
+
+    stationary = True
+
+    def core(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+        return 0, num_keys
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.ones_like(q + k, dtype=torch.bool)

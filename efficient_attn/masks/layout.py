@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,41 +17,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries `rows` against the keys of all `keys` slices (disjoint, in positions, steps allowed).
+    """Queries `rows` against the keys of the slices `whole` and `partial` (disjoint, in positions, steps allowed).
 
-    `mask` decides within the tile; None says that every pair is allowed. `inner` are key intervals that every
-    row has whole, whatever the mask. `first` says that no earlier tile had these rows, so that its result is
-    stored rather than merged.
+    Every row may attend to all `whole` keys; over the `partial` ones `mask` decides. `first` says that no earlier
+    tile had these rows, so that its result is stored rather than merged.
     """
 
     rows: slice
-    keys: tuple[slice, ...]
+    whole: tuple[slice, ...]
+    partial: tuple[slice, ...]
     mask: Mask | None
     first: bool = True
-    inner: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        return self.whole + self.partial
 
     @property
     def num_rows(self) -> int:
-        return len(range(self.rows.start, self.rows.stop, self.rows.step or 1))
+        return _length(self.rows)
 
     @property
     def num_keys(self) -> int:
-        return sum(len(range(s.start, s.stop, s.step or 1)) for s in self.keys)
+        return sum(map(_length, self.keys))
+
+    @property
+    def num_partial(self) -> int:
+        return sum(map(_length, self.partial))
 
     def within(self, other: Mask, num_keys: int) -> Tile | None:
         """This tile under a second mask, its keys trimmed to what that mask can allow; None if nothing is left."""
-        low, up = other.hull(self.rows.start, self.rows.stop, num_keys)
-        keys = tuple(trimmed for s in self.keys if (trimmed := _trim(s, low, up)) is not None)
-        if not keys:
+        rows = self.rows.start, self.rows.stop
+        hull, core = other.hull(*rows, num_keys), other.core(*rows, num_keys)
+        whole = [part for s in self.whole if (part := trim(s, *hull))]
+        partial = [part for s in self.partial if (part := trim(s, *hull))]
+        inside = [part for s in whole if (part := trim(s, *core))]
+        partial += [part for s in whole for part in outside(s, *core)]
+        if not inside and not partial:
             return None
-        return replace(self, keys=keys, inner=(), mask=other if self.mask is None else self.mask & other)
+        mask = other if self.mask is None else self.mask & other
+        return replace(self, whole=tuple(inside), partial=tuple(partial), mask=mask if partial else None)
 
 
-def _trim(s: slice, low: int, up: int) -> slice | None:
+def _length(s: slice) -> int:
+    return len(range(s.start, s.stop, s.step or 1))
+
+
+def trim(s: slice, low: int, up: int) -> slice | None:
     step = s.step or 1
     start = s.start if s.start >= low else s.start + -(-(low - s.start) // step) * step
     stop = min(s.stop, up)
     return slice(start, stop, step) if start < stop else None
+
+
+def outside(s: slice, low: int, up: int) -> list[slice]:
+    """What `trim` leaves over, before and after."""
+    if trim(s, low, up) is None:
+        return [s]
+    return [part for edges in ((s.start, low), (up, s.stop)) if (part := trim(s, *edges))]
 
 
 def row_ranges(start: int, stop: int, size: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -109,6 +132,78 @@ def plan(mask: Mask, start: int, stop: int, num_keys: int, rows: int, keys: int)
     return tuple(result)
 
 
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles of one shape, which one batched product serves.
+
+    `hides_alike` says that all of them hide the same pairs; `first` is that of each tile.
+    """
+
+    tiles: tuple[Tile, ...]
+    hides_alike: bool
+
+    @property
+    def first(self) -> bool:
+        return self.tiles[0].first
+
+    @cached_property
+    def key_runs(self) -> tuple[KeyRun, ...]:
+        """The j-th slices of all tiles' keys, for every j; slices are cut until they are equally long."""
+        keys = [tile.keys for tile in self.tiles]
+        lengths = [[_length(s) for s in tile] for tile in keys]
+        if any(own != lengths[0] for own in lengths):
+            edges = sorted({edge for own in lengths for edge in accumulate(own)})
+            keys = [tuple(_cut(tile, edges)) for tile in keys]
+        return tuple(KeyRun.of(slices) for slices in zip(*keys, strict=True))
+
+
+@dataclass(frozen=True)
+class KeyRun:
+    """One slice of `width` keys from each tile of a group; `gap` is the distance of their starts, 0 if uneven."""
+
+    slices: tuple[slice, ...]
+    width: int
+    gap: int
+
+    @classmethod
+    def of(cls, slices: tuple[slice, ...]) -> KeyRun:
+        gaps = {b.start - a.start for a, b in pairwise(slices)} or {1}
+        even = len(gaps) == 1 and all(s.step == 1 for s in slices)
+        return cls(slices, _length(slices[0]), max(0, gaps.pop()) if even else 0)
+
+
+def _cut(slices: Sequence[slice], edges: Sequence[int]) -> Iterator[slice]:
+    """The slices, laid end to end, cut at every edge; each end of a slice is one."""
+    column, ends = 0, iter(edges)
+    for s in slices:
+        start = s.start
+        while start < s.stop:
+            piece = slice(start, start + (next(ends) - column) * s.step, s.step)
+            yield slice(start, min(s.stop, piece.stop), s.step)
+            column += _length(piece)
+            start = piece.stop
+
+
+@lru_cache(maxsize=64)
+def tile_groups(
+    mask: Mask, start: int, stop: int, num_keys: int, rows: int, keys: int
+) -> tuple[TileGroup, ...]:
+    """The tiles of `plan` by shape; those whose result is stored come before those whose result is merged."""
+    members: dict[tuple, list[Tile]] = {}
+    for tile in plan(mask, start, stop, num_keys, rows, keys):
+        shape = (not tile.first, tile.num_rows, tile.rows.step, tile.num_keys, tile.num_partial)
+        members.setdefault((*shape, _hidden_pattern(tile)), []).append(tile)
+    in_order = sorted(members, key=lambda shape: shape[0])
+    return tuple(TileGroup(tuple(members[key]), key[-1] is not None) for key in in_order)
+
+
+def _hidden_pattern(tile: Tile) -> tuple[tuple[int, int, int], ...] | None:
+    """Tiles of one shape with equal patterns hide the same pairs; None where only the predicate can tell."""
+    if tile.mask is not None and not tile.mask.stationary:
+        return None
+    return tuple((s.start - tile.rows.start, _length(s), s.step) for s in tile.partial)
+
+
 def tiles_from_spans(mask: Mask, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
     """The plan that follows from `row_spans`: one tile a row range, its keys the union of the rows' intervals."""
     ranges = list(row_ranges(start, stop, size, mask.cuts(start, stop)))
@@ -116,34 +211,50 @@ def tiles_from_spans(mask: Mask, start: int, stop: int, num_keys: int, size: int
         return
     bands = _Bands(mask, ranges, num_keys)
     for index, (low, up) in enumerate(ranges):
-        inner = bands.inner(index)
-        spans = bands.outer(index)
-        if spans:
-            yield Tile(slice(low, up, 1), tuple(slice(a, b, 1) for a, b in spans), mask, inner=tuple(inner))
+        whole, partial = _classed(bands.outer(index), bands.inner(index))
+        if whole or partial:
+            yield Tile(slice(low, up, 1), tuple(whole), tuple(partial), mask if partial else None)
+
+
+def _classed(outer: list[tuple[int, int]], inner: list[tuple[int, int]]) -> tuple[list[slice], list[slice]]:
+    """The intervals that every row has, and what other rows have besides; both are unions, `inner` in `outer`."""
+    whole = [slice(low, up, 1) for low, up in inner]
+    partial = []
+    for low, up in outer:
+        for a, b in inner:
+            if low <= a and b <= up:
+                if low < a:
+                    partial.append(slice(low, a, 1))
+                low = b
+        if low < up:
+            partial.append(slice(low, up, 1))
+    return whole, partial
 
 
 def _split(tile: Tile, most: int) -> Iterator[Tile]:
     """The tile in parts of at most `most` keys."""
-    part: list[slice] = []
+    if tile.num_keys <= most:
+        yield from (tile,) if tile.keys else ()
+        return
+    part: tuple[list[slice], list[slice]] = ([], [])
     room = most
-    for s in tile.keys:
-        step = s.step or 1
-        start = s.start
-        while start < s.stop:
-            stop = min(s.stop, start + room * step)
-            part.append(slice(start, stop, step))
-            room -= len(range(start, stop, step))
-            start += len(range(start, stop, step)) * step
-            if room == 0:
-                yield _part(tile, tuple(part))
-                part, room = [], most
-    if part:
-        yield _part(tile, tuple(part))
+    for kind, slices in enumerate((tile.whole, tile.partial)):
+        for s in slices:
+            start = s.start
+            while start < s.stop:
+                piece = slice(start, min(s.stop, start + room * s.step), s.step)
+                part[kind].append(piece)
+                room -= _length(piece)
+                start += _length(piece) * s.step
+                if room == 0:
+                    yield _part(tile, *part)
+                    part, room = ([], []), most
+    if room < most:
+        yield _part(tile, *part)
 
 
-def _part(tile: Tile, keys: tuple[slice, ...]) -> Tile:
-    whole = all(any(a <= s.start and s.stop <= b for a, b in tile.inner) for s in keys)
-    return replace(tile, keys=keys, mask=None if whole else tile.mask, inner=())
+def _part(tile: Tile, whole: list[slice], partial: list[slice]) -> Tile:
+    return replace(tile, whole=tuple(whole), partial=tuple(partial), mask=tile.mask if partial else None)
 
 
 @dataclass(frozen=True)

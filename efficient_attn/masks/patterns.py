@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Mask, Spans
-from .layout import Tile, row_ranges
+from .layout import Tile, outside, row_ranges, trim
 from .random_blocks import random_blocks
 
 
@@ -22,6 +22,7 @@ class Window(Mask):
     """|q - k| < size: the query itself and `size - 1` positions on each side."""
 
     size: int
+    stationary = True
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return (q - k).abs() < self.size
@@ -31,6 +32,9 @@ class Window(Mask):
 
     def hull(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         return max(0, start - self.size + 1), max(0, min(num_keys, stop + self.size - 1))
+
+    def core(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+        return max(0, stop - self.size), max(0, min(num_keys, start + self.size))
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class Strided(Mask):
     """|q - k| < stride, or q and k a multiple of `stride` apart (Child et al. 2019, section 4.3)."""
 
     stride: int
+    stationary = True
     has_plan = True
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
@@ -184,25 +189,30 @@ class Strided(Mask):
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
         """The band, then one dense problem for each residue class: N^2 / stride pairs, not N^2."""
+        window = Window(self.stride)
         for low, up in row_ranges(start, stop, size, []):
-            keys = slice(*Window(self.stride).hull(low, up, num_keys), 1)
-            if keys.start < keys.stop:
-                yield Tile(slice(low, up, 1), (keys,), Window(self.stride))
+            tile = Tile(slice(low, up, 1), (slice(0, num_keys, 1),), (), None).within(window, num_keys)
+            if tile is not None:
+                yield tile
         for residue in range(min(self.stride, num_keys)):
             first = start + (residue - start) % self.stride
             for low in range(first, stop, size * self.stride):
                 rows = range(low, min(stop, low + size * self.stride), self.stride)
                 keys = range(residue, num_keys, self.stride)
                 if len(keys) > 1 or rows != keys:
+                    query_slice = slice(rows.start, rows.stop, rows.step)
                     key_slice = slice(keys.start, keys.stop, keys.step)
-                    yield Tile(
-                        slice(rows.start, rows.stop, rows.step), (key_slice,), _OffDiagonal(), first=False
-                    )
+                    own = trim(key_slice, rows.start, rows.stop)
+                    others = tuple(outside(key_slice, rows.start, rows.stop))
+                    partial, mask = ((), None) if own is None else ((own,), _OffDiagonal())
+                    yield Tile(query_slice, others, partial, mask, first=False)
 
 
 @dataclass(frozen=True)
 class _OffDiagonal(Mask):
     """q != k: within a residue class the band has already taken the diagonal, and nothing else."""
+
+    stationary = True
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return q != k
@@ -258,4 +268,4 @@ class Fixed(Mask):
             before = [slice(offset, own_low, self.stride) for offset in offsets]
             after = [slice(own_up + offset, num_keys, self.stride) for offset in offsets]
             keys = [*before, slice(own_low, own_up, 1), *after]
-            yield Tile(slice(low, up, 1), tuple(s for s in keys if s.start < s.stop), self)
+            yield Tile(slice(low, up, 1), tuple(s for s in keys if s.start < s.stop), (), None)

@@ -1,24 +1,25 @@
 """Softmax attention over the tiles of a structured mask, in plain torch: any device, dtype, mask and head size.
 
+Equal tiles are batched, so that each product works on what a core's cache holds. Weights are powers of two, because
+torch's exp2 is vectorised on every CPU and its exp is not.
+
 Forward and backward are custom ops. A loop of slices under autograd would zero-fill a full-length gradient for
 every slice, and under torch.compile would be unrolled for every length; an op is one node that serves all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..inputs import accumulation_dtype, full_precision, refuse_forward_mode
-from ..masks import Mask, Tile, plan
-from .problem import SoftmaxProblem, anchors, segments_of_queries
+from ..masks import Mask
+from .problem import SoftmaxProblem, segments_of_queries
+from .tiles import Batch, Rows, Walk, merged_heads, row_groups
 
-TILE_ROWS = 64
-TILE_KEYS = 1024
+LOG2_E = math.log2(math.e)
 
 
 def blocked(p: SoftmaxProblem) -> Tensor:
@@ -40,109 +41,6 @@ def blocked(p: SoftmaxProblem) -> Tensor:
     seed = torch.randint(1 << 62, ()) if p.dropout_p > 0 else None
     out, _ = _forward_op(p.q, p.k, p.v, q_segment, k_segment, offset, seed, p.mask_spec, p.scale, p.dropout_p)
     return out
-
-
-@dataclass
-class _Rows:
-    """Batch rows that share an anchor, with their keys from the anchor on."""
-
-    index: Tensor | None
-    start: int
-    stop: int
-
-    def take(self, x: Tensor) -> Tensor:
-        return x if self.index is None else x[self.index]
-
-    def keys(self, x: Tensor, dim: int) -> Tensor:
-        return self.take(x).narrow(dim, self.start, self.stop - self.start)
-
-
-def _row_groups(mask: Mask, k_segment: Tensor | None, num_keys: int) -> Iterator[_Rows]:
-    """One group for an unanchored mask, else one for each first valid position; the last matters to some draws."""
-    if k_segment is None or not mask.anchored:
-        yield _Rows(None, 0, num_keys)
-        return
-    start, stop = anchors(k_segment >= 0)
-    if not mask.drawn_over_all:
-        stop = torch.full_like(stop, num_keys)
-    members: dict[tuple[int, int], list[int]] = {}
-    for row, key in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        members.setdefault(key, []).append(row)
-    for (first, last), rows in members.items():
-        index = None if len(rows) == len(k_segment) else torch.tensor(rows, device=k_segment.device)
-        yield _Rows(index, first, last)
-
-
-def _gather(x: Tensor, tile: Tile, dim: int) -> Tensor:
-    """The tile's keys along `dim`: a view where they are one slice."""
-    index = (slice(None),) * dim
-    parts = [x[(*index, s)] for s in tile.keys]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _scatter_add(x: Tensor, tile: Tile, values: Tensor) -> None:
-    start = 0
-    for s in tile.keys:
-        length = len(range(s.start, s.stop, s.step))
-        x[:, :, s] += values[:, :, start : start + length]
-        start += length
-
-
-def _disallowed(
-    tile: Tile, q_pos: Tensor, k_pos: Tensor, q_segment: Tensor | None, k_segment: Tensor | None
-) -> Tensor | None:
-    """What to mask out of the tile's scores (b, 1, 1, rows, keys), or None if nothing."""
-    allowed = None
-    if tile.mask is not None:
-        allowed = tile.mask.allows(q_pos[:, None], k_pos[None, :])[None]
-    if k_segment is not None:
-        keys = k_segment[:, None, :]
-        same = keys >= 0 if q_segment is None else (q_segment[:, :, None] == keys) & (keys >= 0)
-        allowed = same if allowed is None else allowed & same
-    return None if allowed is None else ~allowed[:, None, None]
-
-
-class _Walk:
-    """The tiles of one group of rows: slices inputs, computes masked scores, draws dropout in a fixed order."""
-
-    def __init__(
-        self,
-        group: _Rows,
-        mask: Mask,
-        q: Tensor,
-        k: Tensor,
-        q_seg: Tensor | None,
-        k_seg: Tensor | None,
-        offset: int,
-    ) -> None:
-        self.offset = offset - group.start
-        length, heads = q.shape[2], k.shape[1]
-        self.q = rearrange(group.take(q), "b (h g) l e -> b h g l e", h=heads)
-        self.k = group.keys(k, 2)
-        self.q_seg = None if q_seg is None else group.take(q_seg)
-        self.k_seg = None if k_seg is None else group.keys(k_seg, 1)
-        num_keys = group.stop - group.start
-        self.tiles = plan(mask, self.offset, self.offset + length, num_keys, TILE_ROWS, TILE_KEYS)
-        self.q_pos = torch.arange(self.offset, self.offset + length, device=q.device)
-        self.k_pos = torch.arange(num_keys, device=q.device)
-
-    def rows(self, tile: Tile) -> slice:
-        return slice(tile.rows.start - self.offset, tile.rows.stop - self.offset, tile.rows.step)
-
-    def scores(self, tile: Tile, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries (b, h, g r, e), keys (b, h, n, e) and masked scores (b, h, g, r, n) of the tile."""
-        rows = self.rows(tile)
-        q = rearrange(self.q[:, :, :, rows].to(dtype) * scale, "b h g r e -> b h (g r) e")
-        k = _gather(self.k, tile, 2).to(dtype)
-        scores = rearrange(q @ k.mT, "b h (g r) n -> b h g r n", g=self.q.shape[2])
-        hidden = _disallowed(
-            tile,
-            self.q_pos[rows],
-            _gather(self.k_pos, tile, 0),
-            None if self.q_seg is None else self.q_seg[:, rows],
-            None if self.k_seg is None else _gather(self.k_seg, tile, 1),
-        )
-        return q, k, scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
 def _generator(seed: Tensor | None, device: torch.device) -> torch.Generator | None:
@@ -167,46 +65,73 @@ def forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, L, Ev) and the log-sum-exp of each row's scores (B, H, L), -inf where it has none."""
-    structure, dtype, heads = Mask.from_spec(mask), accumulation_dtype(q.dtype), k.shape[1]
-    out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=dtype)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+    """The output (B, H, L, Ev), and the base-2 log-sum-exp2 of each row's scores (B, H, L), -inf where it has none."""
+    structure, dtype = Mask.from_spec(mask), accumulation_dtype(q.dtype)
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
     generator = _generator(seed, q.device)
     with full_precision(q.device):
-        for group in _row_groups(structure, k_segment, k.shape[2]):
-            walk = _Walk(group, structure, q, k, q_segment, k_segment, int(q_offset))
-            values = group.keys(v, 2)
-            part_out = torch.zeros_like(group.take(out)) if group.index is not None else out
-            part_lse = torch.full_like(group.take(lse), -torch.inf) if group.index is not None else lse
-            grouped_out = rearrange(part_out, "b (h g) l e -> b h g l e", h=heads)
-            grouped_lse = rearrange(part_lse, "b (h g) l -> b h g l", h=heads)
-            for tile in walk.tiles:
-                _, _, scores = walk.scores(tile, scale, dtype)
-                peak = scores.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
-                weights = scores.sub_(peak).exp_()
+        for group in row_groups(structure, k_segment, k.shape[2]):
+            walk, values = _walk(group, structure, q, k, q_segment, k_segment, q_offset), group.keys(v, 2)
+            part_out, part_lse = group.take(out), group.take(lse)
+            if not walk.stores_every_row:
+                part_out.zero_()
+                part_lse.fill_(-torch.inf)
+            for batch in walk.batches(dtype):
+                scores = batch.scores(
+                    batch.queries(scale * LOG2_E, dtype), batch.take_keys(walk.k, "keys", dtype)
+                )
+                # A finite peak, so that a row of -inf gives weights of zero.
+                peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+                weights = scores.sub_(peak).exp2_()
                 total = weights.sum(-1, keepdim=True)
                 if generator is not None:
                     weights = weights * _keep(weights, generator, dropout_p)
-                tile_out = rearrange(weights, "b h g r n -> b h (g r) n") @ _gather(values, tile, 2).to(dtype)
-                tile_out = rearrange(tile_out, "b h (g r) e -> b h g r e", g=scores.shape[2])
-                tile_out = tile_out / torch.where(total == 0, 1.0, total)
-                tile_lse = (peak + total.log()).squeeze(-1)
-                _store(tile.first, grouped_out, grouped_lse, walk.rows(tile), tile_out, tile_lse)
+                tile_out = walk.workspace.product(
+                    merged_heads(weights), batch.take_keys(values, "values", dtype), "out"
+                ).view(*weights.shape[:-1], -1)
+                # Where there is a key at all, the largest weight is 1.
+                tile_out /= total.clamp(min=1)
+                _store(batch, part_out, part_lse, tile_out, (peak + total.log2()).squeeze(-1))
             if group.index is not None:
                 out[group.index], lse[group.index] = part_out, part_lse
     return out.to(q.dtype), lse
 
 
-def _store(first: bool, out: Tensor, lse: Tensor, rows: slice, tile_out: Tensor, tile_lse: Tensor) -> None:
-    """Put a tile's result into its rows, or merge it with what earlier tiles left there."""
-    if not first:
-        before = lse[:, :, :, rows]
-        joint = torch.logaddexp(before, tile_lse)
-        base = joint.nan_to_num(neginf=0.0)
-        tile_out = tile_out * (tile_lse - base).exp()[..., None]
-        tile_out = tile_out + out[:, :, :, rows] * (before - base).exp()[..., None]
-        tile_lse = joint
-    out[:, :, :, rows], lse[:, :, :, rows] = tile_out, tile_lse
+def _walk(
+    group: Rows,
+    mask: Mask,
+    q: Tensor,
+    k: Tensor,
+    q_segment: Tensor | None,
+    k_segment: Tensor | None,
+    q_offset: Tensor,
+) -> Walk:
+    """The tiles of a group of rows, which counts positions from its anchor."""
+    return Walk(
+        mask,
+        group.take(q),
+        group.keys(k, 2),
+        None if q_segment is None else group.take(q_segment),
+        None if k_segment is None else group.keys(k_segment, 1),
+        int(q_offset) - group.start,
+    )
+
+
+def _store(batch: Batch, out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
+    """Put the results of a batch into their rows, or merge them with what earlier tiles left there."""
+    if batch.first:
+        batch.put_rows(out, tile_out)
+        batch.put_rows(lse, tile_lse)
+        return
+    for tile, (new_out, new_lse) in batch.each(tile_out, tile_lse):
+        old_out, old_lse = tile.take_rows(out), tile.take_rows(lse)
+        joint = torch.logaddexp2(old_lse, new_lse)
+        base = joint.clamp(min=torch.finfo(joint.dtype).min)
+        merged = new_out * (new_lse - base).exp2_()[..., None]
+        merged += old_out * (old_lse - base).exp2_()[..., None]
+        tile.put_rows(out, merged)
+        tile.put_rows(lse, joint)
 
 
 def backward(
@@ -225,48 +150,53 @@ def backward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; weights are recomputed tile by tile from the log-sum-exp."""
-    structure, dtype, heads = Mask.from_spec(mask), accumulation_dtype(q.dtype), k.shape[1]
-    dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
-    grad = grad.to(dtype)
-    delta = (grad * out.to(dtype)).sum(-1)
+    structure, dtype = Mask.from_spec(mask), accumulation_dtype(q.dtype)
+    dq = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (k, v))
+    delta = (grad.to(dtype) * out.to(dtype)).sum(-1)
+    # A row without keys has weights of zero whatever is subtracted, if only it is finite.
+    lse = lse.clamp(min=torch.finfo(dtype).min)
     generator = _generator(seed, q.device)
     with full_precision(q.device):
-        for group in _row_groups(structure, k_segment, k.shape[2]):
-            walk = _Walk(group, structure, q, k, q_segment, k_segment, int(q_offset))
-            values = group.keys(v, 2)
-            by_group = (
-                rearrange(group.take(x), "b (h g) ... -> b h g ...", h=heads) for x in (grad, delta, lse, dq)
-            )
-            grad_g, delta_g, lse_g, dq_g = by_group
-            dk_g, dv_g = torch.zeros_like(walk.k, dtype=dtype), torch.zeros_like(values, dtype=dtype)
-            for tile in walk.tiles:
-                rows = walk.rows(tile)
-                queries, keys, scores = walk.scores(tile, scale, dtype)
-                row_lse = lse_g[:, :, :, rows, None].nan_to_num(neginf=0.0)
-                weights = scores.sub_(row_lse).exp_()
-                row_grad = rearrange(grad_g[:, :, :, rows], "b h g r e -> b h (g r) e")
-                d_weights = (row_grad @ _gather(values, tile, 2).to(dtype).mT).view_as(weights)
+        for group in row_groups(structure, k_segment, k.shape[2]):
+            walk, values = _walk(group, structure, q, k, q_segment, k_segment, q_offset), group.keys(v, 2)
+            grad_g, delta_g, lse_g, dq_g = (group.take(x) for x in (grad, delta, lse, dq))
+            dk_g, dv_g = group.keys(dk, 2), group.keys(dv, 2)
+            if not walk.stores_every_row:
+                dq_g.zero_()
+            for batch in walk.batches(dtype):
+                queries = batch.queries(scale * LOG2_E, dtype)
+                keys = batch.take_keys(walk.k, "keys", dtype)
+                weights = batch.scores(queries, keys).sub_(batch.take_rows(lse_g)[..., None]).exp2_()
+                row_grad = batch.dense_rows(grad_g, "grad", dtype)
+                tile_values = batch.take_keys(values, "values", dtype)
+                d_weights = walk.workspace.product(row_grad, tile_values.mT, "d_weights").view_as(weights)
                 kept = weights
                 if generator is not None:
                     keep = _keep(weights, generator, dropout_p)
                     kept, d_weights = weights * keep, d_weights * keep
-                _scatter_add(dv_g, tile, rearrange(kept, "b h g r n -> b h (g r) n").mT @ row_grad)
-                d_scores = weights * (d_weights - delta_g[:, :, :, rows, None])
-                d_scores = rearrange(d_scores, "b h g r n -> b h (g r) n")
-                _scatter_add(dk_g, tile, d_scores.mT @ queries)
-                d_rows = rearrange(d_scores @ keys, "b h (g r) e -> b h g r e", g=weights.shape[2])
-                dq_g[:, :, :, rows] += d_rows * scale
-            _put(group, dq, rearrange(dq_g, "b h g l e -> b (h g) l e"), 0, q.shape[2])
-            _put(group, dk, dk_g, group.start, group.stop)
-            _put(group, dv, dv_g, group.start, group.stop)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+                batch.add_keys(dv_g, walk.workspace.product(merged_heads(kept).mT, row_grad, "d_values"))
+                d_scores = d_weights.sub_(batch.take_rows(delta_g)[..., None]).mul_(weights)
+                d_scores = merged_heads(d_scores)
+                batch.add_keys(dk_g, walk.workspace.product(d_scores.mT, queries, "d_keys"))
+                _add_rows(
+                    batch,
+                    dq_g,
+                    walk.workspace.product(d_scores, keys, "d_queries").view(*weights.shape[:-1], -1),
+                )
+            if group.index is not None:
+                dq[group.index] = dq_g
+                dk[group.index, :, group.start : group.stop] = dk_g
+                dv[group.index, :, group.start : group.stop] = dv_g
+    return dq.mul_(scale).to(q.dtype), dk.div_(LOG2_E).to(k.dtype), dv.to(v.dtype)
 
 
-def _put(group: _Rows, target: Tensor, part: Tensor, start: int, stop: int) -> None:
-    if group.index is None:
-        target[:, :, start:stop] = part
-    else:
-        target[group.index, :, start:stop] = part
+def _add_rows(batch: Batch, target: Tensor, values: Tensor) -> None:
+    if batch.first:
+        batch.put_rows(target, values)
+        return
+    for tile, (part,) in batch.each(values):
+        tile.put_rows(target, tile.take_rows(target) + part)
 
 
 _forward_op = torch.library.custom_op("efficient_attn::blocked_forward", forward, mutates_args=())

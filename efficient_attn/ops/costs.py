@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..complexity import Cost, Flops, Shape
-from ..feature_maps import FeatureMap
+from ..feature_maps import FeatureMap, formula_of
 from ..inputs import accumulation_dtype
 from ..masks import Mask, plan
-from .blocked import TILE_KEYS, TILE_ROWS
-from .scan import CHUNK
+from .scan import BLOCK_ROWS, CHUNK
+from .tiles import TILE_KEYS, TILE_ROWS
 
 
 def tile_pairs(mask: Mask, q_len: int, num_keys: int, q_offset: int | None = None) -> int:
@@ -77,58 +77,73 @@ def linear_cost(
     """Features, the state phi(k)^T v, and its reading by phi(q); a causal scan adds the pairs inside its chunks.
 
     Basis "model": one state update and one reading a token, the normaliser left out. "hardware" and "torch":
-    what the backend multiplies, the normaliser's column included; the backward pass is three more scans.
+    what the backend multiplies, the normaliser's column included.
     """
     width = accumulation_dtype(shape.dtype).itemsize
     size, heads, kv_heads = phi.num_features(shape.head_dim), shape.num_heads, shape.num_kv_heads
     rows, keys = shape.batch * heads * shape.q_len, shape.batch * kv_heads * shape.kv_len
     new_keys = shape.batch * kv_heads * shape.q_len if phase == "decode" else keys
     values = shape.v_head_dim + (basis != "model")
+    streamed = formula_of(phi) is not None
     terms = {
         "features": phi.flops(shape.head_dim) * (rows + new_keys),
         "state": 2 * new_keys * size * values,
         "reading": 2 * rows * size * values,
     }
+    pairs = 0
     if basis != "model" and backend == "reference":
         pairs = shape.batch * heads * shape.q_len * shape.kv_len
         terms |= {"state": 0, "reading": 0, "pairs": 2 * pairs * (size + shape.v_head_dim)}
     elif basis != "model" and is_causal and not (phase == "decode" and shape.q_len == 1):
         pairs = shape.batch * heads * scan_pairs(shape.q_len)
         terms["pairs"] = 2 * pairs * (size + values)
-        if shape.q_len != shape.kv_len or phase == "decode":
+        if phase == "decode" or (not streamed and shape.q_len != shape.kv_len):
             # The earlier keys' state and its reading come on top of the scan's own.
             terms["state"] += 2 * shape.batch * kv_heads * shape.q_len * size * values
             terms["reading"] *= 2
     forward = sum(terms.values())
-    # Each product of two matrices has two in its backward pass, each scan has three scans; a feature map's
-    # projection is not learnt, so one product suffices.
-    scans = is_causal and basis != "model" and backend != "reference"
-    backward = (3 if scans else 2) * (forward - terms["features"]) + terms["features"]
-    saved = _linear_saved(phi, is_causal, shape) * width
+    flops = Flops(forward)
+    if training and streamed and basis != "model" and backend != "reference":
+        # Three scans, of which that of v has no normaliser. Features are computed again for the pass over the
+        # queries and for that over the keys; a projection is not learnt, so its derivative is one product.
+        no_normaliser = 2 * (pairs + (rows + new_keys) * size)
+        backward = 3 * (forward - terms["features"]) - no_normaliser + terms["features"]
+        flops = Flops(forward, backward, 2 * terms["features"])
+    elif training:
+        # Each product of two matrices has two in its backward pass, each scan has three scans.
+        scans = is_causal and basis != "model" and backend != "reference"
+        flops = Flops(forward, (3 if scans else 2) * (forward - terms["features"]) + terms["features"])
+    if basis == "torch":
+        flops = Flops(flops.forward, flops.backward + flops.recompute)
+    # Of each row its total weight; in half precision also what rounding took from the output.
+    saved = shape.input_bytes + shape.output_bytes * (2 if shape.dtype.itemsize < width else 1) + rows * width
+    if not streamed:
+        saved = (
+            _features_saved(phi, is_causal, shape) * width + rows
+        )  # a byte a row says which rows are empty
+    workspace = BLOCK_ROWS * (3 * size + 2 * values) * width
     return Cost(
-        Flops(forward, backward if training else 0),
+        flops,
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
         params=phi.params(),
-        saved_bytes=saved + rows if training else 0,  # a byte a row says which rows are empty
-        peak_bytes=2 * saved + shape.output_bytes,
+        saved_bytes=saved if training else 0,
+        peak_bytes=(2 if training else 1) * saved + workspace,
         terms=terms,
     )
 
 
-def _linear_saved(phi: FeatureMap, is_causal: bool, shape: Shape) -> int:
-    """Numbers kept for the backward pass: features, values with a column of ones, sums, totals, exponents."""
+def _features_saved(phi: FeatureMap, is_causal: bool, shape: Shape) -> int:
+    """Numbers that autograd keeps of a map it looks into: features, values with ones, sums, totals, exponents."""
     size, values = phi.num_features(shape.head_dim), shape.v_head_dim + 1
     rows = shape.batch * shape.num_heads * shape.q_len
     keys = shape.batch * shape.num_kv_heads * shape.kv_len
     numbers = (rows + keys) * (size + phi.saved(shape.head_dim)) + keys * values + rows * (values + 1)
-    numbers += 2 * phi.cast(shape.dtype)
     if not is_causal:
         numbers += shape.batch * shape.num_kv_heads * size * values  # the state
     if phi.has_exponent:
-        numbers += (
-            2 * keys if is_causal else keys * (size + 1)
-        )  # both exponents, or rescaled features and factor
+        # Both exponents, or rescaled features and their factor.
+        numbers += 2 * keys if is_causal else keys * (size + 1)
     return numbers
 
 
@@ -143,6 +158,8 @@ def register_flop_formulas() -> None:
     formulas = {
         operators.blocked_forward: _blocked_forward_flops,
         operators.blocked_backward: _blocked_backward_flops,
+        operators.linear_forward: _linear_forward_flops,
+        operators.linear_backward: _linear_backward_flops,
         operators.linear_scan: _scan_flops,
     }
     for operator, formula in formulas.items():
@@ -160,6 +177,33 @@ def _blocked_backward_flops(
 ) -> int:  # type: ignore[no-untyped-def]
     pairs = q[0] * q[1] * tile_pairs(Mask.from_spec(mask), q[2], k[2])
     return 2 * pairs * (3 * q[3] + 2 * v[3])
+
+
+def _linear_forward_flops(
+    q, k, v, valid, segment, offset, projection, feature, scale, is_causal, out_shape=None, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    return _pass_flops(q, k, projection, is_causal, v[3] + 1) + _feature_flops(q, k, projection)
+
+
+def _linear_backward_flops(
+    grad, q, k, v, out, lost, total, valid, segment, offset, projection, feature, scale, is_causal, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    both = _pass_flops(q, k, projection, is_causal, v[3] + 1)
+    return 2 * both + _pass_flops(q, k, projection, is_causal, v[3]) + 3 * _feature_flops(q, k, projection)
+
+
+def _pass_flops(q, k, projection, is_causal, values) -> int:  # type: ignore[no-untyped-def]
+    """One scan, the queries being the last positions."""
+    batch, heads, length, width = q
+    size = width if projection is None else projection[0]
+    pairs = batch * heads * scan_pairs(length) if is_causal else 0
+    tokens = batch * (heads * length + k[1] * k[2])
+    return 2 * (pairs * (size + values) + tokens * size * values)
+
+
+def _feature_flops(q, k, projection) -> int:  # type: ignore[no-untyped-def]
+    tokens = q[0] * (q[1] * q[2] + k[1] * k[2])
+    return 0 if projection is None else 2 * tokens * projection[0] * projection[1]
 
 
 def _scan_flops(q, k, v, *rest, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]

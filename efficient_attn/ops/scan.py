@@ -1,135 +1,265 @@
-"""The causal scan of linear attention, in chunks: y_i = sum_{j <= i} (q_i . k_j) 2^(a_i + b_j) v_j.
+"""The causal scan that all of linear attention rests on, as a loop over blocks of chunks.
 
-The powers of two are exact, so the stabiliser costs no accuracy; a_i + b_j is at most 0 for every pair summed.
-The backward pass is the same scan three times, so second derivatives come for nothing:
+    y_i = sum over j <= i of (q_i . k_j) 2^(a_i + b_j) v_j      where a_i + b_j <= 0; a, b are integers or absent
 
-    dq = scan(g, v, k)            over j <= i, the weights unchanged
-    dk = scan(v, g, q)            over i >= j, with a and b exchanged
-    dv = scan(k, q, g)            likewise
+Inside a chunk the sum is a masked product; what came before enters through the carry, sum_j k_j v_j^T 2^(b_j - c) with
+c the largest b_j so far. Every scale is a power of two, so scaling never rounds, and a row reads nothing that
+follows it. The gradients of q, k and v are three scans again:
+
+    dq = scan(g, v, k)    dk = reverse scan(v, g, q)    dv = reverse scan(k, q, g)        (a and b swapped in reverse)
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..inputs import full_precision
+from .workspace import Workspace
 
 CHUNK = 64
+BLOCK_ROWS = 4096
+"""Rows of all heads together that are in flight at a time: what a core's cache holds."""
+
+
+@dataclass
+class Carry:
+    """What a scan remembers between blocks; empty at first.
+
+    `kv` (B, H, M, E) in units of 2^`exponent` (B, H), of the segment `segment` (B,) alone.
+    """
+
+    kv: Tensor | None = None
+    exponent: Tensor | None = None
+    segment: Tensor | None = None
+
+    def add(self, kv: Tensor, exponent: Tensor | None, segment: Tensor | None) -> None:
+        """Add later keys' sum; another segment begins anew."""
+        same = None
+        if segment is not None and self.segment is not None:
+            same = (segment == self.segment)[:, None]
+        if self.kv is None:
+            self.kv = kv.clone()
+        elif exponent is None or self.exponent is None:
+            self.kv = kv + (self.kv if same is None else self.kv * same[..., None, None])
+        else:
+            before = self.exponent if same is None else torch.where(same, self.exponent, -torch.inf)
+            joint = torch.maximum(before, exponent)
+            self.kv = _scaled(self.kv, before - joint) + _scaled(kv, exponent - joint)
+            exponent = joint
+        self.exponent, self.segment = exponent, segment
+
+    def absorb(self, k: Tensor, v: Tensor, b: Tensor | None, segment: Tensor | None) -> None:
+        """Add keys (B, H, G, N, M) and values (B, H, G, N, E) that no row stands among, of one segment if of any."""
+        if k.shape[3] == 0:
+            return
+        peak = None if b is None else b.amax(-1)
+        if b is not None and peak is not None:
+            k = k * torch.exp2(b - peak[..., None])[:, :, None, :, None]
+        sums = k.flatten(2, 3).mT @ v.flatten(2, 3)
+        self.add(sums, peak, None if segment is None else segment[:, -1])
+
+    def read(self, q: Tensor, a: Tensor | None) -> Tensor:
+        """What rows q (B, H, G, N, M) after everything see: (B, H, G, N, E)."""
+        assert self.kv is not None
+        y = (q.flatten(2, 3) @ self.kv).unflatten(2, q.shape[2:4])
+        if a is None or self.exponent is None:
+            return y
+        return y * _row_weights(a + self.exponent[..., None])
+
+
+def _scaled(x: Tensor, exponent: Tensor) -> Tensor:
+    return x * torch.exp2(exponent)[..., None, None]
+
+
+def _row_weights(exponent: Tensor) -> Tensor:
+    """2^exponent for (B, H, N), as (B, H, 1, N, 1); what exceeds 1 belongs to hidden pairs."""
+    return torch.exp2(exponent.clamp(max=0))[:, :, None, :, None]
+
+
+def blocks(length: int, rows: int, reverse: bool) -> Iterator[slice]:
+    """[0, length) in blocks of whole chunks, the last one shorter; `rows` is how many heads there are in all."""
+    if rows == 0:
+        return
+    size = max(1, BLOCK_ROWS // (CHUNK * rows)) * CHUNK
+    whole = length // CHUNK * CHUNK
+    starts = [slice(s, min(s + size, whole)) for s in range(0, whole, size)]
+    parts = starts + ([slice(whole, length)] if whole < length else [])
+    yield from reversed(parts) if reverse else parts
+
+
+def scan_block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    segment: Tensor | None,
+    reverse: bool,
+    carry: Carry,
+    workspace: Workspace,
+) -> Tensor:
+    """The scan over one block, of less than a chunk or of whole ones, after `carry`, which moves past it.
+
+    q (B, H, G, N, M), k (B, H, G', N, M), v (B, H, G', N, E), of G and G' one is 1; a, b (B, H, N), segment (B, N).
+    Returns (B, H, G, N, E), valid until the next block.
+    """
+    groups, length, copies = q.shape[2], q.shape[3], k.shape[2]
+    size = min(CHUNK, length)
+    batch, heads, chunks = *q.shape[:2], length // size
+
+    def chunked(x: Tensor) -> Tensor:
+        """(B, H, G, N, M) -> (B H chunks, G size, M)."""
+        return x.unflatten(3, (chunks, size)).movedim(3, 2).reshape(-1, x.shape[2] * size, x.shape[4])
+
+    qc, kc, vc = chunked(q), chunked(k), chunked(v)
+    ac, bc = (None if x is None else x.unflatten(2, (chunks, size)) for x in (a, b))
+    sc = None if segment is None else segment.unflatten(1, (chunks, size))
+    pairs = _pairs(qc, kc, copies, ac, bc, sc, reverse, workspace)
+    y = workspace.product(pairs, vc, "rows")
+
+    if bc is not None:
+        kc, peak = _weighted(kc, bc, sc, copies, reverse)
+    else:
+        kc, peak = _same_segment(kc, sc, copies, reverse), None
+    sums = workspace.product(kc.mT, vc, "sums").view(batch, heads, chunks, kc.shape[2], vc.shape[2])
+    states, weights = _states(sums, peak, ac, sc, reverse, carry, workspace)
+    if weights is None:
+        torch.baddbmm(y, qc, states.flatten(0, 2), out=y)
+    else:
+        read = workspace.product(qc, states.flatten(0, 2), "read").view(
+            batch, heads, chunks, groups, size, -1
+        )
+        y += read.mul_(weights[:, :, :, None, :, None]).view(y.shape)
+    y = y.view(batch, heads, chunks, groups, size, y.shape[2])
+    return y.movedim(2, 3).reshape(batch, heads, groups, length, y.shape[5])
+
+
+def _pairs(
+    q: Tensor,
+    k: Tensor,
+    copies: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    segment: Tensor | None,
+    reverse: bool,
+    workspace: Workspace,
+) -> Tensor:
+    """The weights inside each chunk, zero where hidden: (B H chunks, G size, G' size)."""
+    # The side with several rows a position goes first, so that each of its copies is one square matrix.
+    turned = copies > 1
+    x, y = (k, q) if turned else (q, k)
+    size = y.shape[1]
+    pairs = workspace.product(x, y.mT, "pairs")
+    squares = pairs.view(-1, size, size)
+    if a is not None and b is not None:
+        row, column = (b, a) if turned else (a, b)
+        # Hidden pairs may exceed every bound: clamp them, they are zeroed below.
+        scale = torch.exp2((row[..., :, None] + column[..., None, :]).clamp_(max=0))
+        copies = pairs.shape[1] // size
+        pairs.view(*scale.shape[:3], copies, size, size).mul_(scale[:, :, :, None])
+    (squares.triu_ if reverse != turned else squares.tril_)()
+    if segment is not None:
+        across = (segment[..., :, None] != segment[..., None, :])[:, None, :, None]
+        heads = len(squares) // across.shape[0] // across.shape[2]
+        groups = x.shape[1] // size
+        squares.view(across.shape[0], heads // groups, across.shape[2], groups, size, size).masked_fill_(
+            across, 0.0
+        )
+    return pairs.mT if turned else pairs
+
+
+def _last(x: Tensor, reverse: bool) -> Tensor:
+    """The entry of each chunk (..., size) at which the scan leaves it."""
+    return x[..., 0] if reverse else x[..., -1]
+
+
+def _same_segment(k: Tensor, segment: Tensor | None, copies: int, reverse: bool) -> Tensor:
+    """k (B H chunks, G' size, M) without the keys of segments that end inside their chunk."""
+    if segment is None:
+        return k
+    keep = segment == _last(segment, reverse)[..., None]
+    return _times(k, keep[:, None].to(k.dtype), copies)
+
+
+def _times(k: Tensor, weights: Tensor, copies: int) -> Tensor:
+    """k (B H chunks, G' size, M) with its positions weighted (B, H or 1, chunks, size)."""
+    batch, _, chunks, size = weights.shape
+    return (k.view(batch, -1, chunks, copies, size, k.shape[2]) * weights[:, :, :, None, :, None]).view(
+        k.shape
+    )
+
+
+def _weighted(
+    k: Tensor, b: Tensor, segment: Tensor | None, copies: int, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """k times 2^(b - peak), and the peak (B, H, chunks) of each chunk's last segment."""
+    if segment is not None:
+        keep = segment == _last(segment, reverse)[..., None]
+        b = torch.where(keep[:, None], b, -torch.inf)
+    peak = b.amax(-1)
+    return _times(k, torch.exp2(b - peak[..., None]), copies), peak
+
+
+def _states(
+    sums: Tensor,
+    peak: Tensor | None,
+    a: Tensor | None,
+    segment: Tensor | None,
+    reverse: bool,
+    carry: Carry,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor | None]:
+    """What stands before each chunk (B, H, chunks, M, E), and how much of it each row takes (B, H, chunks, size)."""
+    states = workspace.take("states", *sums.shape, dtype=sums.dtype)
+    weights: list[Tensor] = []
+    chunks = range(sums.shape[2])
+    for c in reversed(chunks) if reverse else chunks:
+        if carry.kv is None:
+            states[:, :, c].zero_()
+        else:
+            states[:, :, c].copy_(carry.kv)
+        if a is not None or segment is not None:
+            weights.append(_taken(a, segment, c, carry, sums))
+        now = None if segment is None else _last(segment[:, c], reverse)
+        carry.add(sums[:, :, c], None if peak is None else peak[:, :, c], now)
+    if not weights:
+        return states, None
+    return states, torch.stack(weights[::-1] if reverse else weights, 2)
+
+
+def _taken(a: Tensor | None, segment: Tensor | None, chunk: int, carry: Carry, like: Tensor) -> Tensor:
+    """How much each row of a chunk takes of the carry: (B, H or 1, size)."""
+    weights = like.new_ones(1, 1, 1)
+    if a is not None and carry.exponent is not None:
+        weights = torch.exp2((a[:, :, chunk] + carry.exponent[..., None]).clamp(max=0))
+    if segment is not None and carry.segment is not None:
+        weights = weights * (segment[:, chunk] == carry.segment[:, None])[:, None]
+    shape = a[:, :, chunk].shape if a is not None else segment[:, None, chunk].shape  # type: ignore[index]
+    return weights.expand(shape)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, segment: Tensor | None, reverse: bool
 ) -> Tensor:
-    """The scan of q (B, H, G, N, D) over k (B, H, G', N, D) and v (B, H, G', N, E): (B, H, G, N, E).
+    """The scan of q (B, H, G, N, M) over k (B, H, G', N, M) and v (B, H, G', N, E): (B, H, G, N, E).
 
-    The G' copies of the keys at one position are summed. `a`, `b` are (B, H, N), both or neither; `segment` (B, N)
-    holds equal numbers at consecutive positions that may see each other. `reverse` sums over j >= i.
+    The G' copies of the keys at one position are summed; G or G' is 1. `a`, `b` are (B, H, N), both or neither;
+    `segment` (B, N) holds equal numbers at consecutive positions that may see each other. `reverse` sums over j >= i.
     """
-    groups, length = q.shape[2], q.shape[3]
     out = torch.empty(*q.shape[:4], v.shape[4], dtype=q.dtype, device=q.device)
-    state = q.new_zeros(*q.shape[:2], q.shape[4], v.shape[4])
-    state_exponent: Tensor | None = None
-    state_segment: Tensor | None = None
-    starts = range(0, length, CHUNK)
+    carry, workspace = Carry(), Workspace(q.device)
+    rows = q.shape[0] * q.shape[1] * max(q.shape[2], k.shape[2])
     with full_precision(q.device):
-        for start in reversed(starts) if reverse else starts:
-            chunk = slice(start, min(start + CHUNK, length))
-            size = chunk.stop - chunk.start
-            qc, kc, vc = (x[:, :, :, chunk].flatten(2, 3) for x in (q, k, v))
-            ac, bc = (None if x is None else x[:, :, chunk] for x in (a, b))
-            sc = None if segment is None else segment[:, chunk]
-
-            scores = (qc @ kc.mT).unflatten(2, (groups, size)).unflatten(4, (k.shape[2], size))
-            if ac is not None and bc is not None:
-                # Hidden pairs may exceed every bound: clamp them, they are zeroed below.
-                scores *= torch.exp2((ac[..., :, None] + bc[..., None, :]).clamp(max=0))[:, :, None, :, None]
-            scores.masked_fill_(_hidden(sc, size, reverse, q.device), 0.0)
-            y = scores.flatten(4, 5).flatten(2, 3) @ vc
-            carried = (qc @ state).unflatten(2, (groups, size))
-            y = y.unflatten(2, (groups, size)).add_(
-                carried * _state_weights(ac, sc, state_exponent, state_segment, q)
-            )
-            out[:, :, :, chunk] = y
-
-            last = chunk.start if reverse else chunk.stop - 1
-            state, state_exponent, state_segment = _advance(
-                state,
-                state_exponent,
-                state_segment,
-                k[:, :, :, chunk],
-                v[:, :, :, chunk],
-                bc,
-                segment,
-                sc,
-                last,
-            )
+        for block in blocks(q.shape[3], rows, reverse):
+            qc, kc, vc = (x[:, :, :, block] for x in (q, k, v))
+            ac, bc = (None if x is None else x[:, :, block] for x in (a, b))
+            own = None if segment is None else segment[:, block]
+            out[:, :, :, block] = scan_block(qc, kc, vc, ac, bc, own, reverse, carry, workspace)
     return out
-
-
-def _hidden(segment: Tensor | None, size: int, reverse: bool, device: torch.device) -> Tensor:
-    """Pairs of a chunk that must not be summed: (B or 1, 1, 1, size, 1, size)."""
-    visible = torch.ones(size, size, dtype=torch.bool, device=device)
-    visible = (visible.triu_() if reverse else visible.tril_())[None]
-    if segment is not None:
-        visible = visible & (segment[:, :, None] == segment[:, None, :])
-    return ~visible[:, None, None, :, None, :]
-
-
-def _state_weights(
-    a: Tensor | None,
-    segment: Tensor | None,
-    exponent: Tensor | None,
-    state_segment: Tensor | None,
-    like: Tensor,
-) -> Tensor:
-    """How much each row of a chunk takes from the state of the chunks before: (B, H, 1, size, 1) or a scalar."""
-    weights = torch.ones((), dtype=like.dtype, device=like.device)
-    if a is not None and exponent is not None:
-        weights = torch.exp2((a + exponent[..., None]).clamp(max=0))[:, :, None, :, None]
-    if segment is not None and state_segment is not None:
-        weights = weights * (segment == state_segment[:, None])[:, None, None, :, None]
-    return weights
-
-
-def _advance(
-    state: Tensor,
-    exponent: Tensor | None,
-    state_segment: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    all_segments: Tensor | None,
-    segment: Tensor | None,
-    last: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The state after a chunk: sum of k_j v_j^T 2^(b_j - exponent) over the segment that is open at its end."""
-    now = None if all_segments is None else all_segments[:, last]
-    keep = None
-    if segment is not None and now is not None:
-        keep = (segment == now[:, None])[:, None]
-    weights = None if keep is None else keep.to(k.dtype)
-    if b is not None:
-        b = b if keep is None else torch.where(keep, b, -torch.inf)
-        peak = b.amax(-1)
-        carried = None
-        if exponent is not None:
-            still = exponent if keep is None else torch.where(_same(now, state_segment), exponent, -torch.inf)
-            peak = torch.maximum(peak, still)
-            carried = torch.exp2(still - peak)
-        weights = torch.exp2(b - peak[..., None])
-        state = state if carried is None else state * carried[..., None, None]
-        exponent = peak
-    elif state_segment is not None:
-        state = state * _same(now, state_segment)[..., None, None]
-    if weights is not None:
-        k = k * weights[:, :, None, :, None]
-    return state + k.flatten(2, 3).mT @ v.flatten(2, 3), exponent, now
-
-
-def _same(now: Tensor | None, before: Tensor | None) -> Tensor:
-    assert now is not None and before is not None
-    return (now == before)[:, None]
 
 
 scan = torch.library.custom_op("efficient_attn::linear_scan", forward, mutates_args=())

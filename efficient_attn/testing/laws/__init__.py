@@ -1,6 +1,6 @@
 """The laws that every mechanism obeys. Importing this package registers all of them."""
 
-from . import causality, costs, decoding, exactness, masking, numerics, structure, tracing
+from . import causality, costs, decoding, exactness, layout, masking, numerics, structure, tracing
 from .law import LAWS, Law, LawViolation
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "costs",
     "decoding",
     "exactness",
+    "layout",
     "masking",
     "numerics",
     "structure",

@@ -49,6 +49,20 @@ def stepping_equals_forward(mechanism: Mechanism) -> int:
 
 
 @law(lambda m: m.is_causal)
+def steps_take_nothing(mechanism: Mechanism) -> int:
+    """No new token changes nothing, before the first token or later; no batch gives no output, and no error."""
+    m = in_dtype(mechanism, torch.float64)
+    inputs = sample(m)
+    out, _ = _decode(m, inputs, None, [0, 20, 0, 0, 17, 0], _start(m, *inputs[1:]))
+    expect_close(out, m(*inputs), "with empty steps in between")
+    nobody = tuple(x[:0] for x in inputs)
+    out, state = _decode(m, nobody, holes(LENGTH)[:0], [0, 1, 36], _start(m, *nobody[1:]))
+    expect(out.shape == m(*nobody).shape, f"output {tuple(out.shape)} of no rows")
+    expect(state.nbytes == 0, f"the state of no rows takes {state.nbytes} bytes")
+    return 2
+
+
+@law(lambda m: m.is_causal)
 def stepping_keeps_precision(mechanism: Mechanism) -> int:
     """Token by token in bfloat16, errors are those of `forward`: the state is as precise as its sums need."""
     exact = in_dtype(mechanism, torch.float64)

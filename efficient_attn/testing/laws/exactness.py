@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...mechanisms import FullAttention, Mechanism
-from ..sampling import LENGTH, expand_heads, holes, in_dtype, lengths, poisoned_allocations, sample
+from ..sampling import EQUAL, LENGTH, expand_heads, holes, in_dtype, lengths, poisoned_allocations, sample
 from .law import expect, expect_close, law
 
 
@@ -111,6 +111,21 @@ def passes_gradcheck(mechanism: Mechanism) -> int:
     )
     expect(ok, "gradcheck failed")
     return 1
+
+
+@law()
+def second_derivatives_are_right_or_refused(mechanism: Mechanism) -> int:
+    """Second derivatives equal finite differences of the first, or are refused in words; none is silently wrong."""
+    m = in_dtype(mechanism, torch.float64)
+    # torch's fused kernels, which have none, want equal head sizes.
+    for v_head_dim in (3, EQUAL):
+        inputs = sample(m, min(6, m.max_seq_len or 6), batch=1, grad=True, v_head_dim=v_head_dim)
+        try:
+            ok = torch.autograd.gradgradcheck(m, inputs, fast_mode=True, raise_exception=False)
+        except RuntimeError as error:
+            ok = isinstance(error, NotImplementedError) or "is not implemented" in str(error)
+        expect(ok, f"gradgradcheck failed, values of size {inputs[2].shape[3]}")
+    return 2
 
 
 @law(lambda m: m.rows_sum_to_one)

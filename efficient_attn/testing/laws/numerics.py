@@ -15,6 +15,9 @@ from .law import expect, expect_identical, law
 # Equal head sizes, so that fused kernels take part; the other laws have unequal ones.
 sample = partial(sampling.sample, v_head_dim=EQUAL)
 
+_SHORT = 5
+"""Tokens of what is repeated hundreds of times."""
+
 
 @law()
 def error_is_within_budget(mechanism: Mechanism) -> int:
@@ -88,20 +91,23 @@ def stays_finite(mechanism: Mechanism) -> int:
 
 @law()
 def repeats_bit_for_bit(mechanism: Mechanism) -> int:
-    """The same call gives the same bits, outputs and gradients, 25 times over, whatever was called in between."""
+    """The same call gives the same bits, outputs and gradients, 250 times over, whatever was called in between."""
     m = in_dtype(mechanism, torch.float32)
-    inputs = sample(m, dtype=torch.float32, grad=True)
 
-    def once() -> list[torch.Tensor]:
-        out = m(*inputs, key_mask=holes(LENGTH))
+    def once(length: int) -> list[torch.Tensor]:
+        inputs = sample(m, length, dtype=torch.float32, grad=True)
+        out = m(*inputs, key_mask=holes(length))
         return [out, *torch.autograd.grad(out.sum(), inputs)]
 
-    first = once()
-    for repeat in range(25):
-        if repeat == 20:
-            for length in lengths(m):
-                m(*sample(m, length, dtype=torch.float32))
-        since = ", after other lengths" if repeat >= 20 else ""
-        for name, actual, expected in zip(("output", "dq", "dk", "dv"), once(), first, strict=True):
-            expect_identical(actual, expected, f"{name}{since}")
-    return 25
+    def repeat(length: int, times: int, first: list[torch.Tensor], since: str) -> None:
+        for _ in range(times):
+            for name, actual, expected in zip(("output", "dq", "dk", "dv"), once(length), first, strict=True):
+                expect_identical(actual, expected, f"{name}{since}")
+
+    first = once(LENGTH)
+    repeat(LENGTH, 20, first, "")
+    repeat(_SHORT, 225, once(_SHORT), f" of {_SHORT} tokens")
+    for length in lengths(m):
+        m(*sample(m, length, dtype=torch.float32))
+    repeat(LENGTH, 5, first, ", after other lengths")
+    return 250

@@ -52,38 +52,24 @@ def takes_empty_inputs(mechanism: Mechanism) -> int:
     """No batch, no queries, no keys: right shapes, zeros where there is nothing to attend to, gradients that exist."""
     m = in_dtype(mechanism, torch.float32)
     heads, kv_heads = heads_of(m)
-    size = head_dim_of(m)
+    size, cases = head_dim_of(m), 0
     for batch, q_len, kv_len in ((0, 7, 7), (2, 0, 7), (2, 0, 0), (2, 3, 0), (0, 0, 0)):
         q = torch.randn(batch, heads, q_len, size, requires_grad=True)
         k = torch.randn(batch, kv_heads, kv_len, size, requires_grad=True)
         v = torch.randn(batch, kv_heads, kv_len, V_HEAD_DIM, requires_grad=True)
-        for mask in (None, torch.ones(batch, kv_len, dtype=torch.bool)):
-            out = m(q, k, v, key_mask=mask, q_offset=0)
+        choices: list[dict] = [{}, {"key_mask": torch.ones(batch, kv_len, dtype=torch.bool)}]
+        if m.supports_segments:
+            choices.append({"segment_ids": torch.zeros(batch, kv_len, dtype=torch.int64)})
+        for masks in choices:
+            out = m(q, k, v, q_offset=0, **masks)
             expect(out.shape == (batch, heads, q_len, V_HEAD_DIM), f"output {tuple(out.shape)}")
             expect(bool((out == 0).all()) or kv_len > 0, "something came from no keys")
             for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
                 expect(grad.shape == x.shape and bool(torch.isfinite(grad).all()), "gradient")
-            expect(m.matrix(q, k, key_mask=mask, q_offset=0).shape == (batch, heads, q_len, kv_len), "matrix")
-    return 10
-
-
-@law()
-def layout_does_not_matter(mechanism: Mechanism) -> int:
-    """Transposed, sliced and expanded inputs and output gradients give the same as contiguous ones."""
-    m = in_dtype(mechanism, torch.float64)
-    q, k, v = sample(m)
-    plain = [x.clone().requires_grad_() for x in (q, k, v)]
-    strange = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
-    wide = [torch.stack([x, x], -1)[..., 0].requires_grad_() for x in (q, k, v)]
-    grads = []
-    for inputs in (plain, strange, wide):
-        out = m(*inputs)
-        expanded = torch.ones((), dtype=out.dtype).expand(out.shape)
-        grads.append([out, *torch.autograd.grad(out, inputs, expanded)])
-    for result in grads[1:]:
-        for name, a, b in zip(("output", "dq", "dk", "dv"), result, grads[0], strict=True):
-            expect_close(a, b, name)
-    return 2
+            matrix = m.matrix(q, k, q_offset=0, **masks)
+            expect(matrix.shape == (batch, heads, q_len, kv_len), f"matrix {tuple(matrix.shape)}")
+            cases += 1
+    return cases
 
 
 @law()
@@ -148,6 +134,25 @@ def leaves_random_state_alone(mechanism: Mechanism) -> int:
         for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
             expect_identical(a, b, f"{name} of {one}, made under two global seeds")
     return 4
+
+
+@law()
+def works_in_inference_mode(mechanism: Mechanism) -> int:
+    """Under inference_mode the bits are the same, and a module that was used there can be trained afterwards."""
+    m, mask = in_dtype(mechanism, torch.float32), holes(LENGTH)
+    inputs = sample(m, dtype=torch.float32, grad=True)
+    used = copy.deepcopy(m)
+    with torch.inference_mode():
+        inside = used(*inputs, key_mask=mask)
+    expect(inside.is_inference(), "the output has a gradient")
+    results = []
+    for module in (used, m):
+        out = module(*inputs, key_mask=mask)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for name, a, b in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        expect_identical(a, b, f"{name} after inference_mode")
+    expect_identical(inside, results[1][0], "output in inference_mode")
+    return 2
 
 
 def _without_dropout(m: Mechanism) -> Mechanism:
@@ -261,3 +266,29 @@ def dropout_is_dropout(mechanism: Mechanism) -> int:
     (grad,) = torch.autograd.grad(out.sum(), v)
     expect_close((grad * v).sum(), out.sum(), "gradient of v under dropout")
     return 4
+
+
+@law(lambda m: m.dropout_p is not None and m.rows_sum_to_one)
+def dropout_keeps_its_share(mechanism: Mechanism) -> int:
+    """The share of weights that survive is 1 - p within five standard deviations; each of them grew by 1 / (1 - p)."""
+    m = _with_dropout(in_dtype(mechanism, torch.float64)).train()
+    q, k, _ = sample(m)
+    weights = m.matrix(q, k)
+    # With one-hot values the output is the matrix after dropout.
+    v = torch.eye(LENGTH, dtype=torch.float64).expand(*k.shape[:2], -1, -1)
+    for p in (0.1, 0.3, 0.5):
+        m.dropout_p = p
+        pairs = kept = 0
+        for seed in range(20):
+            torch.manual_seed(seed)
+            left = m(q, k, v)
+            alive = left != 0
+            expect_close(left[alive], weights[alive] / (1 - p), f"what dropout_p = {p} leaves")
+            pairs += int((weights > 0).sum())
+            kept += int(alive.sum())
+        spread = (p * (1 - p) / pairs) ** 0.5
+        expect(
+            abs(kept / pairs - (1 - p)) <= 5 * spread,
+            f"dropout_p = {p} kept {kept / pairs:.4f} of {pairs} weights, 5 sigma are {5 * spread:.4f}",
+        )
+    return 60

@@ -12,7 +12,7 @@ from .law import expect, expect_close, law
 
 @law()
 def runs_on_meta(mechanism: Mechanism) -> int:
-    """Shapes and dtypes come out right without data, forward and backward."""
+    """Shapes and dtypes come out right without data, forward, backward and in steps."""
     m = in_dtype(mechanism, torch.bfloat16).to("meta")
     heads, kv_heads = heads_of(m)
     size = head_dim_of(m)
@@ -27,7 +27,13 @@ def runs_on_meta(mechanism: Mechanism) -> int:
         all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, inputs, strict=True)),
         "gradients",
     )
-    return 1
+    if not m.is_causal:
+        return 1
+    state = m.init_state(2, kv_heads, size, v_head_dim=V_HEAD_DIM, dtype=torch.bfloat16, device="meta")
+    for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
+        out, state = m.step(*(x[:, :, start:stop].detach() for x in inputs), state)
+        expect(out.shape == (2, heads, stop - start, V_HEAD_DIM) and out.is_meta, f"output {out} of a step")
+    return 4
 
 
 @law()
