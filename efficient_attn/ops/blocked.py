@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..inputs import accumulation_dtype, full_precision, refuse_forward_mode
 from ..masks import Mask
+from .operators import keep_nothing, no_second_derivative, operator
 from .problem import SoftmaxProblem, segments_of_queries
 from .tiles import Batch, Rows, Walk, merged_heads, row_groups
 
@@ -199,18 +200,12 @@ def _add_rows(batch: Batch, target: Tensor, values: Tensor) -> None:
         tile.put_rows(target, tile.take_rows(target) + part)
 
 
-_forward_op = torch.library.custom_op("efficient_attn::blocked_forward", forward, mutates_args=())
-_backward_op = torch.library.custom_op("efficient_attn::blocked_backward", backward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p):  # type: ignore[no-untyped-def]
+def _fake_forward(q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p):  # type: ignore[no-untyped-def]
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
-@_backward_op.register_fake
-def _(grad, q, k, v, out, lse, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, q, k, v, *others):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -226,9 +221,11 @@ def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
     return (*grads, *[None] * 7)
 
 
-def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError('blocked attention has no second derivative; backend="reference" has one')
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
-_backward_op.register_autograd(_no_second_derivative)
+_forward_op = operator("blocked_forward", forward, _fake_forward, _save, _backward)
+_backward_op = operator(
+    "blocked_backward",
+    backward,
+    _fake_backward,
+    keep_nothing,
+    no_second_derivative('blocked attention has no second derivative; backend="reference" has one'),
+)

@@ -46,10 +46,8 @@ def chunked(p: LinearProblem) -> Tensor:
     refuse_forward_mode(p.q, p.k, p.v)
     p.feature_map.check_head_dim(p.q.shape[3])
     q, k, v, valid, segment, q_offset = p.q, p.k, p.v, _valid(p), None, p.q_offset
-    packing = None if p.segment_ids is None else Packing(p)
+    packing = Packing(p) if p.segment_ids is not None and k.shape[2] > 0 else None
     if packing is not None:
-        if k.shape[2] == 0:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
         q, k, v, segment, q_offset = packing.queries(q), packing.keys(k), packing.keys(v), packing.segment, 0
         valid = None if valid is None else valid.gather(1, packing.order)
     feature, scale = formula_of(p.feature_map), _query_scale(p)

@@ -27,16 +27,12 @@ class Packing:
 
     def queries(self, x: Tensor) -> Tensor:
         """x (B, H, L, E) moved to the positions that the queries stand at, zero elsewhere, in sorted order."""
-        if self.length == 0:
-            return x.new_zeros(*x.shape[:2], self.num_keys, x.shape[3])
         there = (self.query_at >= 0) & (self.query_at < self.length)
-        moved = x[:, :, self.query_at.clamp(0, self.length - 1)]
-        return self.keys(torch.where(there[:, None], moved, 0.0))
+        one_more = torch.nn.functional.pad(x, (0, 0, 0, 1))
+        return self.keys(one_more[:, :, torch.where(there, self.query_at, self.length)])
 
     def outputs(self, x: Tensor) -> Tensor:
         """Back from sorted positions to queries; zero where a query is padding."""
-        if self.num_keys == 0:
-            return x.new_zeros(*x.shape[:2], self.length, x.shape[3])
         x = self._gather(x, self.order.argsort(dim=1))[:, :, self.position_of.clamp(0, self.num_keys - 1)]
         return torch.where(self.own[:, None, :, None], x, 0.0)
 

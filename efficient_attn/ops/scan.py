@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import full_precision
+from .operators import operator
 from .workspace import Workspace
 
 CHUNK = 64
@@ -262,12 +263,7 @@ def forward(
     return out
 
 
-scan = torch.library.custom_op("efficient_attn::linear_scan", forward, mutates_args=())
-"""`forward` as a differentiable operator."""
-
-
-@scan.register_fake
-def _(q, k, v, a, b, segment, reverse):  # type: ignore[no-untyped-def]
+def _fake(q, k, v, *others):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:4], v.shape[4])
 
 
@@ -286,4 +282,5 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     return dq, dk, dv, None, None, None, None
 
 
-scan.register_autograd(_backward, setup_context=_save)
+scan = operator("linear_scan", forward, _fake, _save, _backward)
+"""`forward` as a differentiable operator."""

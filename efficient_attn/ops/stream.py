@@ -20,6 +20,7 @@ from torch import Tensor
 from ..feature_maps import FORMULAS, Features
 from ..inputs import accumulation_dtype, full_precision
 from .composed import NOTHING, composed, no_weight, running_maximum
+from .operators import keep_nothing, no_second_derivative, operator
 from .scan import Carry, blocks, scan_block
 from .workspace import Workspace
 
@@ -269,20 +270,13 @@ def _gradients_of_keys(
         store(columns, x, phi_k, d_phi, for_values.read(phi_k.values, b))
 
 
-stream = torch.library.custom_op("efficient_attn::linear_forward", forward, mutates_args=())
-_backward_op = torch.library.custom_op("efficient_attn::linear_backward", backward, mutates_args=())
-
-
-@stream.register_fake
-def _(q, k, v, valid, segment, offset, projection, feature, scale, is_causal):  # type: ignore[no-untyped-def]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    dtype = accumulation_dtype(q.dtype)
+def _fake_forward(q, k, v, *others):  # type: ignore[no-untyped-def]
+    out, dtype = q.new_empty(*q.shape[:3], v.shape[3]), accumulation_dtype(q.dtype)
     lost = torch.empty_like(out) if q.dtype != dtype else q.new_empty(0)
     return out, lost, q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@_backward_op.register_fake
-def _(grad, q, k, v, out, lost, total, valid, segment, offset, projection, feature, scale, is_causal):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, q, k, v, *others):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -316,9 +310,13 @@ def _differentiable(  # type: ignore[no-untyped-def]
         return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
 
 
-def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError('linear_backward has no derivative of its own; backend="reference" has one')
+stream = operator("linear_forward", forward, _fake_forward, _save, _backward)
+"""`forward` as a differentiable operator."""
 
-
-stream.register_autograd(_backward, setup_context=_save)
-_backward_op.register_autograd(_no_second_derivative)
+_backward_op = operator(
+    "linear_backward",
+    backward,
+    _fake_backward,
+    keep_nothing,
+    no_second_derivative('linear_backward has no derivative of its own; backend="reference" has one'),
+)
