@@ -156,6 +156,18 @@ class TileGroup:
             keys = [tuple(_cut(tile, edges)) for tile in keys]
         return tuple(KeyRun.of(slices) for slices in zip(*keys, strict=True))
 
+    @cached_property
+    def key_blocks(self) -> tuple[int, Tensor] | None:
+        """All keys as aligned blocks of one width, and their numbers (tiles, blocks); None if they are not such."""
+        runs = self.key_runs
+        width = runs[0].width
+        starts = [[s.start for s in run.slices] for run in runs]
+        aligned = all(start % width == 0 for run in starts for start in run)
+        alike = all(run.width == width and run.slices[0].step == 1 for run in runs)
+        if not (alike and aligned) or all(run.gap for run in runs):
+            return None
+        return width, torch.tensor(starts).mT // width
+
 
 @dataclass(frozen=True)
 class KeyRun:

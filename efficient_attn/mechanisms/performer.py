@@ -34,7 +34,7 @@ class PerformerAttention(LinearMechanism):
     """
 
     complexity = Complexity(
-        time="L*m*E", memory="L*(m+E)", decode_time="m*E", state="m*E", path="1",
+        time="L*m*E", memory="L*E+m*E", decode_time="m*E", state="m*E", path="1",
         exactness="approximate", knob="num_features",
     )  # fmt: skip
     feature_map: Favor

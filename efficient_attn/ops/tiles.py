@@ -190,6 +190,14 @@ class Batch:
         x = x[self.slab]
         shape = (*x.shape[:2], len(self.tiles), self.tiles[0].num_keys, x.shape[3])
         out = self.walk.workspace.take(name, *shape, dtype=dtype)
+        if self._blocks is not None:
+            blocks, index = self._in_blocks(x)
+            chosen = out.view(*x.shape[:2], len(index), -1, x.shape[3])
+            if x.dtype == dtype:
+                torch.index_select(blocks, 2, index, out=chosen)
+            else:
+                chosen.copy_(blocks.index_select(2, index))
+            return out.flatten(0, 2)
         for tiles, columns, source in self._key_views(x, overlapping=True):
             out[:, :, tiles, columns] = source
         return out.flatten(0, 2)
@@ -197,9 +205,24 @@ class Batch:
     def add_keys(self, target: Tensor, values: Tensor) -> None:
         """Add (b h t, n, e) into (B, h, S, e)."""
         target = target[self.slab]
+        if self._blocks is not None:
+            blocks, index = self._in_blocks(target)
+            blocks.index_add_(2, index, values.view(*target.shape[:2], len(index), -1, target.shape[3]))
+            return
         values = values.view(*target.shape[:2], len(self.tiles), *values.shape[1:])
         for tiles, columns, view in self._key_views(target, overlapping=False):
             view += values[:, :, tiles, columns]
+
+    def _in_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, h, S, e) in blocks (b, h, S / width, width, e), and the numbers of those of all tiles."""
+        assert self._blocks is not None
+        width, index = self._blocks
+        whole = x.shape[2] // width * width
+        return x[:, :, :whole].unflatten(2, (-1, width)), index[self.span].flatten().to(x.device)
+
+    @property
+    def _blocks(self) -> tuple[int, Tensor] | None:
+        return self.group.key_blocks if len(self.tiles) > 1 else None
 
     def _key_views(self, x: Tensor, *, overlapping: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """The tiles' keys in `x` as few views (b, h, t, n, e), each with the tiles and the columns it stands for.

@@ -114,6 +114,29 @@ def passes_gradcheck(mechanism: Mechanism) -> int:
 
 
 @law()
+def gradients_do_not_depend_on_who_asks(mechanism: Mechanism) -> int:
+    """Gradients of some inputs, of one tensor given thrice, or with a graph of their own, are the gradients."""
+    m = in_dtype(mechanism, torch.float64)
+    q, k, v = sample(m, grad=True)
+    weight = torch.randn(m(q, k, v).shape, dtype=q.dtype, generator=torch.Generator().manual_seed(3))
+    expected = _gradients(m(q, k, v), (q, k, v), weight)
+    for with_graph in (False, True):
+        what = "with create_graph" if with_graph else "alone"
+        for wanted in ((0,), (1,), (2,), (0, 2), (0, 1, 2)):
+            inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((q, k, v))]
+            leaves = [inputs[i] for i in wanted]
+            grads = torch.autograd.grad(m(*inputs), leaves, weight, create_graph=with_graph)
+            for i, grad in zip(wanted, grads, strict=True):
+                expect_close(grad, expected[i], f"gradient of {'qkv'[i]} {what}, {len(wanted)} wanted", 1e-8)
+        copies = [k.detach().clone().requires_grad_() for _ in range(3)]
+        out = m(*copies)
+        apart = torch.autograd.grad(out.square().sum(), copies)
+        (once,) = torch.autograd.grad(m(k, k, k).square().sum(), k, create_graph=with_graph)
+        expect_close(once, sum(apart, torch.zeros_like(k)), f"gradient of one tensor thrice {what}", 1e-8)
+    return 12
+
+
+@law()
 def second_derivatives_are_right_or_refused(mechanism: Mechanism) -> int:
     """Second derivatives equal finite differences of the first, or are refused in words; none is silently wrong."""
     m = in_dtype(mechanism, torch.float64)
