@@ -105,10 +105,14 @@ class Walk:
         device = self.k.device
         rows = torch.stack([_positions((tile.rows,), device) for tile in tiles])
         keys = torch.stack([_positions(tile.partial, device) for tile in tiles])
-        allowed = tiles[0].mask.allows(rows[:, :, None], keys[:, None, :])
-        return torch.full(allowed.shape, torch.inf, dtype=dtype, device=device).masked_fill_(
-            ~allowed, -torch.inf
-        )
+        return _bound(~tiles[0].mask.allows(rows[:, :, None], keys[:, None, :]), dtype)
+
+
+def _bound(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What scores are bounded by: infinity, or -infinity where `hidden`. A minimum is cheaper than a masked fill."""
+    return torch.full(hidden.shape, torch.inf, dtype=dtype, device=hidden.device).masked_fill_(
+        hidden, -torch.inf
+    )
 
 
 def _positions(slices: Sequence[slice], device: torch.device) -> Tensor:
@@ -263,7 +267,7 @@ class Batch:
             partial = scores[..., -cap.shape[-1] :]
             torch.minimum(partial, cap[:, None], out=partial)
         across = self._across_segments()
-        return scores if across is None else scores.masked_fill_(across, -torch.inf)
+        return scores if across is None else torch.minimum(scores, _bound(across, scores.dtype), out=scores)
 
     def _across_segments(self) -> Tensor | None:
         """Pairs of different segments, or with a key that is padding: (b, 1, t, 1, r or 1, n)."""
