@@ -2,13 +2,14 @@
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo lint format clean
+.PHONY: help test demo bench peers lint format clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +19,14 @@ test: $(VENV)/.dev  ## install what the tests need, then run all of them
 
 demo: $(VENV)/.demo  ## install what the demo needs, then run examples/long_context_lm.py
 	$(RUN) examples/long_context_lm.py
+
+bench: $(VENV)/.bench  ## measure this CPU, an hour or two, and write benchmarks/README.md; BENCH_ARGS=--quick for a trial
+	$(RUN) benchmarks/cpu.py $(BENCH_ARGS)
+	$(if $(findstring --quick,$(BENCH_ARGS)),,$(RUN) benchmarks/page.py)
+
+# Its build wants CUDA wherever it finds nvcc, so it must not find one.
+peers: $(VENV)/.bench  ## build one more peer of the benchmarks, pytorch-fast-transformers: minutes, and a C++ compiler
+	PATH=/usr/bin:/bin $(INSTALL) --no-build-isolation --no-deps pytorch-fast-transformers
 
 lint: $(VENV)/.dev  ## check style, types and the direction of imports
 	$(RUN) -m pytest tests/test_tooling.py tests/test_architecture.py

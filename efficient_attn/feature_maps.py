@@ -72,7 +72,7 @@ class Formula(ABC):
 
     @abstractmethod
     def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
-        """The gradient of `x`, given that of the values of `phi`; exponents are constants."""
+        """The gradient of `x`, given that of the values of `phi`, which is overwritten; exponents are constants."""
 
 
 class EluPlusOne(FeatureMap):
@@ -92,7 +92,7 @@ class _EluFormula(Formula):
         return Features(torch.exp2(x.clamp(max=0) * _LOG2_E) + torch.relu(x), None)
 
     def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
-        return grad * phi.values.clamp(max=1)
+        return grad.mul_(phi.values.clamp(max=1))
 
 
 class Relu(FeatureMap):
@@ -109,7 +109,7 @@ class _ReluFormula(Formula):
         return Features(torch.relu(x), None)
 
     def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
-        return grad.masked_fill(x <= 0, 0.0)
+        return grad.masked_fill_(x <= 0, 0.0)
 
 
 class SquaredRelu(FeatureMap):
@@ -134,7 +134,7 @@ class _SquaredReluFormula(Formula):
         assert phi.exponent is not None
         # x 2^-exponent first: its square root would be fine, but not x 2^(-2 exponent).
         scale = torch.exp2(-phi.exponent / 2)[..., None]
-        return grad * (torch.relu(x) * scale) * (2 * scale)
+        return grad.mul_(torch.relu(x) * scale).mul_(2 * scale)
 
 
 class Exp(FeatureMap):
@@ -154,19 +154,25 @@ class _ExpFormula(Formula):
         return from_logarithm(x * _LOG2_E)
 
     def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
-        return grad * phi.values
+        return grad.mul_(phi.values)
 
 
 _LARGEST = 60.0  # |exponent| for features that are zero or subnormal: 2^60 still squares within fp32
 _LOG2_E = math.log2(math.e)
 
 
-def from_logarithm(log2_phi: Tensor) -> Features:
-    """Features 2^log2_phi, scaled by the power of two that brings each token's largest into (1/2, 1]."""
-    peak = log2_phi.detach().amax(-1)
-    exponent = torch.ceil(peak)
-    # The difference to the peak is exact where it matters; the peak may be coarser than the rest, in (-1, 0].
-    return Features(torch.exp2((log2_phi - peak[..., None]) + (peak - exponent)[..., None]), exponent)
+def from_logarithm(log2_phi: Tensor, shift: Tensor | None = None) -> Features:
+    """Features 2^(log2_phi - shift), scaled by the power of two that brings each token's largest into (1/2, 1].
+
+    Args:
+        log2_phi: (..., M), overwritten.
+        shift: (..., 1), zero if None.
+    """
+    largest = log2_phi.detach().amax(-1, keepdim=True)
+    peak = largest if shift is None else largest - shift
+    exponent = torch.ceil(peak.detach())
+    # One pass: what is taken from each logarithm is its token's largest, but for the rest in (-1, 0].
+    return Features(log2_phi.sub_(largest - (peak - exponent)).exp2_(), exponent.squeeze(-1))
 
 
 class Favor(FeatureMap):
@@ -237,12 +243,12 @@ class _FavorSoftmax(Formula):
         x = x * (width**-0.25 * _LOG2_E**0.5)
         # In base 2, with sqrt(log2 e) in x and in the projection.
         log2_phi = x @ (projection * _LOG2_E**0.5).mT
-        return from_logarithm(log2_phi - (x.square().sum(-1, keepdim=True) / 2 + math.log2(size) / 2))
+        return from_logarithm(log2_phi, x.square().sum(-1, keepdim=True) / 2 + math.log2(size) / 2)
 
     def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
         assert projection is not None
         scale = projection.shape[1] ** -0.25
-        grad = grad * phi.values
+        grad = grad.mul_(phi.values)
         return (grad @ projection) * scale - (grad.sum(-1, keepdim=True) * scale**2) * x
 
 
@@ -252,7 +258,7 @@ class _FavorRelu(Formula):
 
     def pull_back(self, x: Tensor, phi: Features, grad: Tensor, projection: Tensor | None) -> Tensor:
         assert projection is not None
-        return (grad.masked_fill(phi.values <= 0, 0.0) @ projection) * self._scale(projection)
+        return (grad.masked_fill_(phi.values <= 0, 0.0) @ projection) * self._scale(projection)
 
     def _project(self, x: Tensor, projection: Tensor | None) -> Tensor:
         assert projection is not None

@@ -128,13 +128,14 @@ def scan_block(
         kc, peak = _same_segment(kc, sc, copies, reverse), None
     sums = workspace.product(kc.mT, vc, "sums").view(batch, heads, chunks, kc.shape[2], vc.shape[2])
     states, weights = _states(sums, peak, ac, sc, reverse, carry, workspace)
-    if weights is None:
-        torch.baddbmm(y, qc, states.flatten(0, 2), out=y)
-    else:
-        read = workspace.product(qc, states.flatten(0, 2), "read").view(
-            batch, heads, chunks, groups, size, -1
-        )
+    taken = states.flatten(0, 2)
+    if weights is not None and qc.shape[2] > y.shape[2]:
+        read = workspace.product(qc, taken, "read").view(batch, heads, chunks, groups, size, y.shape[2])
         y += read.mul_(weights[:, :, :, None, :, None]).view(y.shape)
+    else:
+        # A power of two on the narrower side: q times it loses nothing that would have counted.
+        scaled = qc if weights is None else _times(qc, weights, groups)
+        torch.baddbmm(y, scaled, taken, out=y)
     y = y.view(batch, heads, chunks, groups, size, y.shape[2])
     return y.movedim(2, 3).reshape(batch, heads, groups, length, y.shape[5])
 

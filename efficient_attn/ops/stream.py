@@ -291,15 +291,18 @@ def _backward(ctx, grad, *_others):  # type: ignore[no-untyped-def]
     *tensors, projection = ctx.saved_tensors
     offset, scalars = ctx.others
     if torch.is_grad_enabled():  # somebody will differentiate the gradients
-        return (*_differentiable(grad, tensors, offset, projection, *scalars), *[None] * 7)
+        wanted = ctx.needs_input_grad[:3]
+        return (*_differentiable(wanted, grad, tensors, offset, projection, *scalars), *[None] * 7)
     return (*_backward_op(grad, *tensors, offset, projection, *scalars), *[None] * 7)
 
 
 def _differentiable(  # type: ignore[no-untyped-def]
-    grad, tensors, offset, projection, feature, scale, is_causal
-) -> tuple[Tensor, ...]:
+    wanted, grad, tensors, offset, projection, feature, scale, is_causal
+) -> list[Tensor | None]:
     """The gradients as functions of what autograd looks into."""
-    q, k, v, _, _, _, valid, segment = tensors
+    # Views, because one tensor given twice would get the gradients of both places in each.
+    q, k, v = (x.view_as(x) for x in tensors[:3])
+    valid, segment = tensors[6:]
     cast = None if projection is None else projection.to(accumulation_dtype(q.dtype))
 
     def phi(x: Tensor) -> Features:
@@ -307,7 +310,9 @@ def _differentiable(  # type: ignore[no-untyped-def]
 
     with full_precision(q.device):
         out = composed(phi, q, k, v, valid, segment, offset, scale, is_causal)
-        return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+        inputs = [x for x, needed in zip((q, k, v), wanted, strict=True) if needed]
+        grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+        return [next(grads) if needed else None for needed in wanted]
 
 
 stream = operator("linear_forward", forward, _fake_forward, _save, _backward)

@@ -1,0 +1,1 @@
+"""What every benchmark command needs, whatever the device: cells, records, isolation, tables."""

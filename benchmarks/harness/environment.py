@@ -1,0 +1,136 @@
+"""Where a number was measured: the machine, the versions, the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+MEASURING = ("efficient_attn", "benchmarks/measure", "benchmarks/peers", "benchmarks/subjects.py")
+"""The sources that decide a number: a change in them makes old records those of another version."""
+
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "performer-pytorch",
+    "linformer",
+    "local-attention",
+    "pytorch-fast-transformers",
+)
+FLAGS = (
+    *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "avx512_vnni"),
+    *("amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "sve", "sve2", "bf16", "i8mm"),
+)
+VOLATILE = ("date", "load", "commit", "dirty", "available_bytes")
+"""What may change without making it another environment; of the sources, the digest counts."""
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of a number wants to know, as JSON."""
+    import torch  # here, so that a worker starts without it until a cell needs it
+
+    return {
+        **machine(),
+        "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "libraries": {name: version for name in LIBRARIES if (version := installed(name))},
+        "sources": sources_digest(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None
+        if (changed := _git("status", "--porcelain", "--", *MEASURING)) is None
+        else changed != "",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load": _load_average(),
+        "available_bytes": available_bytes(),
+    }
+
+
+def fingerprint(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an environment that makes a number incomparable with others."""
+    return {name: value for name, value in described.items() if name not in VOLATILE}
+
+
+def machine() -> dict[str, Any]:
+    """The CPU, its cores and the instructions that matter here."""
+    model, flags = _cpu_info()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: `taskset` and containers give fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, if the system says."""
+    meminfo = _read("/proc/meminfo")
+    found = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit():
+        used = _read("/sys/fs/cgroup/memory.current").strip()
+        found.append(int(limit) - int(used or 0))
+    return min(found, default=None)
+
+
+def installed(library: str) -> str | None:
+    """The version of a library, None if it is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def sources_digest(root: Path = ROOT, parts: tuple[str, ...] = MEASURING) -> str:
+    """A digest of every Python file that decides a number."""
+    digest = hashlib.sha256()
+    for part in parts:
+        path = root / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _cpu_info() -> tuple[str, set[str]]:
+    model, flags = platform.processor() or platform.machine(), set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name == "model name":
+            model = value
+        if name in ("flags", "Features"):
+            flags = set(value.split())
+    return model, flags
+
+
+def _load_average() -> list[float] | None:
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,64 @@
+"""The loop of every benchmark command: what is recorded already is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .cells import Cell
+from .environment import environment, fingerprint
+from .records import ERROR, Record, Records, key_of
+from .worker import Measure, Worker
+
+
+def measure_all(
+    cells: Iterable[Cell],
+    records: Records,
+    measure: Measure,
+    *,
+    timeout: float,
+    again: bool,
+    report: Callable[[Cell, Record, bool], None],
+    complain: Callable[[str], None],
+) -> None:
+    """Measure each cell that has no record yet, append its record, and report it.
+
+    Args:
+        measure: a function at the top of a module; it runs in a worker.
+        timeout: seconds that one cell may take.
+        again: measure also what has a record. An error is measured again in any case.
+        report: told each cell's record, and whether it was measured just now.
+        complain: told of each damaged line.
+    """
+    known, complaints = records.by_key()
+    for complaint in complaints:
+        complain(complaint)
+    print_of_worker: dict[str, Any] = {}
+    with Worker(measure, timeout) as worker:
+        for cell in cells:
+            described = environment()  # of now: load and date change, and sources may
+            if fingerprint(described) != print_of_worker:
+                worker.stop()
+                print_of_worker = fingerprint(described)
+            key = key_of(cell, print_of_worker)
+            if not again and is_done(known.get(key)):
+                report(cell, known[key], False)
+                continue
+            outcome = worker.run(cell)
+            known[key] = records.append(
+                {
+                    "key": key,
+                    "cell": cell.identity,
+                    "target": None if cell.target is None else str(cell.target),
+                    "environment": described,
+                    "status": outcome.status,
+                    "reason": outcome.reason,
+                    "result": outcome.result,
+                }
+            )
+            report(cell, known[key], True)
+
+
+def is_done(record: Record | None) -> bool:
+    """Whether a record stands for its cell, rather than for something that went wrong on the way."""
+    return record is not None and record["status"] != ERROR

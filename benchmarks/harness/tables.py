@@ -1,0 +1,290 @@
+"""Tables of records: the same rows on a terminal, with rich or without, and in Markdown."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cells import DECODE, MEMORY, RACES, Cell, Target
+from .records import ERROR, OK, OOM, TIMEOUT, WRONG, Record
+
+MET, MISSED = "met", "MISSED"
+ALARMING = (MISSED, "WRONG", WRONG, OOM, TIMEOUT, ERROR)
+WIDE = 200
+LEGEND = (
+    "ratio: theirs / ours, so more is better for us; the median of the rounds, in each of which both are timed.",
+    "spread: half the distance of the quartiles of the rounds' ratios. ~: the target lies between the quartiles.",
+    "error: the largest of the output's and the gradients', relative to the definition in fp64, on sampled rows; "
+    "WRONG: more than rounding explains.",
+)
+
+DECODING = (
+    "One more token, by the tokens already in the state, all positions interleaved; ±: half the distance of the"
+    " quartiles"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings; the first `texts` columns are words, the others numbers."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    texts: int = 1
+
+
+def verdict(value: float, target: Target | None, low: float | None = None, high: float | None = None) -> str:
+    """Whether the target is met; with ~ where the spread holds the target, so that it might as well not be."""
+    if target is None:
+        return ""
+    unsure = low is not None and high is not None and low <= target.bound <= high
+    return (MET if target.met(value) else MISSED) + (" ~" if unsure else "")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the numbers of a table are held against: `of` a cell, and the growth of peak memory."""
+
+    of: Callable[[Cell], Target | None]
+    exponent: Target | None = None
+
+
+Pairs = list[tuple[Cell, Record]]
+Render = Callable[[str, Pairs, Targets], Table]
+
+
+def tables(records: Iterable[Record], targets: Targets) -> list[Table]:
+    """One table a section, in the order in which the sections come."""
+    grouped: dict[tuple[str, Render], Pairs] = {}
+    for record in records:
+        cell = Cell.from_identity(record["cell"])
+        grouped.setdefault((cell.section, _rendering(cell.work)), []).append((cell, record))
+    return [render(section, pairs, targets) for (section, render), pairs in grouped.items()]
+
+
+def _rendering(work: str) -> Render:
+    if work in RACES:
+        return _races
+    return {MEMORY: _memory, DECODE: _decode}.get(work, _capacity)
+
+
+def _races(section: str, pairs: Pairs, targets: Targets) -> Table:
+    headings = ["ours", "work", "against", "tokens", "threads", "ours, ms", "theirs, ms", "ratio", "spread"]
+    rows = []
+    for cell, record in pairs:
+        dtype = "" if cell.dtype == "float32" else f", {cell.dtype}"
+        start = [cell.subject + dtype, cell.work, cell.peer, f"{cell.length:,}", str(cell.threads)]
+        rows.append(start + _race_numbers(record, targets.of(cell)))
+    return Table(section, [*headings, "target", "", "error: ours", "theirs"], rows, _remarks(pairs), texts=3)
+
+
+def _remarks(pairs: Pairs) -> str:
+    """Each peer's remark, and each reason why a number is missing, once."""
+    said: dict[str, None] = {}
+    for cell, record in pairs:
+        failed = record["status"] not in (OK, WRONG)
+        remark = record["reason"] if failed else record["result"]["peer"]["remark"]
+        if remark:
+            said[f"{cell.peer}: {remark}"] = None
+    return ". ".join(said)
+
+
+def _race_numbers(record: Record, target: Target | None) -> list[str]:
+    shown = "" if target is None else str(target)
+    result = record["result"]
+    if record["status"] not in (OK, WRONG):
+        return ["", "", record["status"], "", shown, "", "", ""]
+    ours, peer, found = result["ours"], result["peer"], result["ratio"]
+    return [
+        milliseconds(ours["seconds"]),
+        milliseconds(peer["seconds"]),
+        f"{three(found['median'])}x",
+        f"±{three((found['high'] - found['low']) / 2)}",
+        shown,
+        verdict(found["median"], target, found["low"], found["high"]),
+        _worst(ours["errors"]) + (" WRONG" if "ours" in result["wrong"] else ""),
+        _worst(peer["errors"]) + (" WRONG" if peer["what"] in result["wrong"] else ""),
+    ]
+
+
+def _memory(section: str, pairs: Pairs, targets: Targets) -> Table:
+    lengths = sorted({cell.length for cell, _ in pairs})
+    by_subject: dict[str, dict[int, Record]] = {}
+    for cell, record in pairs:
+        by_subject.setdefault(cell.subject, {})[cell.length] = record
+    rows = []
+    for subject, found in by_subject.items():
+        for kind in ("allocated", "resident"):
+            peaks = {n: r["result"][f"{kind}_bytes"] for n, r in found.items() if r["status"] == OK}
+            sizes = [
+                mebibytes(peaks[n]) if n in peaks else found[n]["status"] if n in found else ""
+                for n in lengths
+            ]
+            grows = growth(peaks)
+            row = [subject if kind == "allocated" else "", kind, *sizes]
+            if grows is None:
+                rows.append([*row, "", "", ""])
+                continue
+            judged = targets.exponent if kind == "allocated" else None
+            rows.append([*row, f"{grows:.2f}", "" if judged is None else str(judged), verdict(grows, judged)])
+    head = pairs[0][0]
+    return Table(
+        section,
+        ["ours", "", *(f"{n:,}" for n in lengths), "exponent", "target", ""],
+        rows,
+        f"Peak MiB of one forward and backward pass beyond the inputs, by tokens, B{head.batch} H{head.heads} "
+        f"D{head.head_dim}, each in a process of its own. allocated: by torch's allocator. resident: of the process,"
+        " with what malloc keeps. exponent: of the peak in the length; 1 is linear.",
+        texts=2,
+    )
+
+
+def _capacity(section: str, pairs: Pairs, targets: Targets) -> Table:
+    rows = []
+    for cell, record in pairs:
+        row = [cell.subject, cell.work.replace("capacity, ", "").replace("capacity", "forward+backward")]
+        if record["status"] in (OK, WRONG):
+            found = record["result"]
+            sizes = [mebibytes(found[name]) for name in ("inputs_bytes", "resident_bytes")]
+            numbers = [three(found["seconds"]), *sizes, _number(found["error"])]
+        else:
+            numbers = [_because(record), "", "", ""]
+        rows.append([*row, f"{cell.length:,}", record["status"], *numbers])
+    return Table(
+        section,
+        ["ours", "work", "tokens", "", "seconds", "inputs, MiB", "peak resident beyond, MiB", "error"],
+        rows,
+        "One pass, cold, in a process of its own. error: of eight rows of the first head, relative to fp64.",
+        texts=2,
+    )
+
+
+def _decode(section: str, pairs: Pairs, targets: Targets) -> Table:
+    positions = sorted({p for cell, _ in pairs for p in cell.positions})
+    rows = []
+    for cell, record in pairs:
+        found = record["result"].get("positions", {})
+        row = [cell.subject, record["status"], str(cell.threads)]
+        for position in positions:
+            at = found.get(str(position))
+            if at is None:
+                row += ["", ""]
+            else:
+                micro = three(statistics.median(at["seconds"]) * 1e6)
+                row += [
+                    f"{micro} ±{three(_half_range(at['seconds']) * 1e6)}",
+                    f"{at['ratio']['median']:.2f}x",
+                ]
+        rows.append(row)
+    headings = [text for p in positions for text in (f"µs at {p:,}", f"to {positions[0]:,}")]
+    return Table(
+        section,
+        ["ours", "", "threads", *headings],
+        rows,
+        ". ".join([DECODING, *{record["reason"]: None for _, record in pairs if record["reason"]}]),
+        texts=2,
+    )
+
+
+def growth(peaks: dict[int, int]) -> float | None:
+    """The exponent of bytes in tokens: the slope of a straight line through the logarithms."""
+    points = [(math.log(n), math.log(size)) for n, size in peaks.items() if size > 0]
+    if len(points) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def show(made: Sequence[Table], print_line: Callable[[str], None] = print) -> None:
+    """Print tables, with rich where it is installed."""
+    if importlib.util.find_spec("rich") is None:
+        for table in made:
+            for line in plain(table):
+                print_line(line)
+            print_line("")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)  # a file has no edge to fold at
+    for table in made:
+        drawn = RichTable(title=table.title, caption=table.note, box=box.SIMPLE_HEAD)
+        drawn.title_justify = drawn.caption_justify = "left"
+        for column, heading in enumerate(table.headings):
+            drawn.add_column(heading, justify="left" if column < table.texts else "right")
+        for row in table.rows:
+            drawn.add_row(*(Text(text, style=_style(text)) for text in row))
+        console.print(drawn)
+
+
+def plain(table: Table) -> list[str]:
+    """The table as lines of equal columns."""
+    columns = list(zip(table.headings, *table.rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        texts = [
+            text.ljust(width) if column < table.texts else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(texts).rstrip()
+
+    return [table.title, line(table.headings), *map(line, table.rows), *([table.note] if table.note else [])]
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, its note below."""
+
+    def line(row: Sequence[str]) -> str:
+        return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |"
+
+    rule = ["---"] * table.texts + ["---:"] * (len(table.headings) - table.texts)
+    rows = [[f"**{text}**" if _style(text) else text for text in row] for row in table.rows]
+    return "\n".join([line(table.headings), line(rule), *map(line, rows), "", table.note])
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    return three(statistics.median(seconds) * 1e3)
+
+
+def mebibytes(count: int) -> str:
+    return three(count / 2**20)
+
+
+def three(number: float) -> str:
+    """Three digits, and every digit before the point."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
+
+
+def _half_range(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def _worst(errors: dict[str, Any]) -> str:
+    if not errors:
+        return ""
+    return _number(None if None in errors.values() else max(errors.values()))
+
+
+def _number(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.0e}"
+
+
+def _because(record: Record) -> str:
+    return record["reason"] or record["status"]
+
+
+def _style(text: str) -> str:
+    return "bold red" if text.startswith(ALARMING) or text.endswith("WRONG") else ""

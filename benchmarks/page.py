@@ -1,0 +1,204 @@
+"""Makes benchmarks/README.md, with its pictures, from the records of `benchmarks/cpu.py`.
+
+    python benchmarks/page.py                          # reads results/cpu.jsonl
+    python benchmarks/page.py --records FILE --out FOLDER
+
+Of each cell the newest record counts. Pictures need matplotlib; without it the page has tables alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import plan
+from benchmarks.harness.cells import FORWARD, MEMORY, Cell
+from benchmarks.harness.records import OK, WRONG, Record, Records
+from benchmarks.harness.tables import LEGEND, MET, MISSED, markdown, tables, verdict
+
+HERE = Path(__file__).parent
+INTRODUCTION = """\
+# Benchmarks
+
+Made by `python benchmarks/page.py` from `results/cpu.jsonl`: do not edit it. The numbers belong to the machine named
+below; `make bench` measures yours, and `python benchmarks/cpu.py --help` says how to measure a part.
+
+How a ratio is measured:
+
+- Both sides get the same normal inputs (fp32, batch 1, 8 heads of 64, unless the row says otherwise). Masks, block
+  tables, layouts and compilation are prepared outside what is timed.
+- First both are checked, with fresh memory full of NaN: outputs and gradients of sampled rows against the definition in
+  fp64. A peer that computes something else is marked WRONG, and still timed.
+- Then they take turns in one process: ours, theirs, theirs, ours, and so on.
+- Targets are data in `plan.py`. A missed one is shown as MISSED, not left out.
+
+How to read a table:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    records, complaints = Records(options.records).read()
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    newest = in_order_of_plan(newest_of_each(records))
+    if not newest:
+        print(f"no records of a full run in {options.records}", file=sys.stderr)
+        return 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    pictures = draw(newest, options.out / "results")
+    page = options.out / "README.md"
+    page.write_text(page_of(newest, complaints, pictures), encoding="utf-8")
+    print(f"wrote {page}" + "".join(f" and {picture}" for picture in pictures))
+    return 0
+
+
+def newest_of_each(records: Sequence[Record]) -> list[Record]:
+    """The last record of each cell of a full run, whatever machine or version it comes from."""
+    newest = {Cell.from_identity(r["cell"]): r for r in records if r["cell"]["effort"] == "full"}
+    return list(newest.values())
+
+
+def in_order_of_plan(records: Sequence[Record]) -> list[Record]:
+    """As the plan has them, section by section; cells that it no longer has come last."""
+    threads = sorted({record["cell"]["threads"] for record in records})
+    planned = plan.cells(plan.SECTIONS, threads, "full")
+    place = {cell: i for i, cell in enumerate(planned)}
+    return sorted(records, key=lambda record: place.get(Cell.from_identity(record["cell"]), len(place)))
+
+
+def page_of(records: Sequence[Record], complaints: Sequence[str], pictures: Sequence[Path]) -> str:
+    """The whole page."""
+    made = tables(records, plan.targets("full"))
+    legend = "\n".join(f"- {sentence}" for sentence in LEGEND)
+    parts = [INTRODUCTION + "\n" + legend, "## Where", *where(records), "## Targets", targets_met(records)]
+    parts += [f"![{picture.stem}](results/{picture.name})" for picture in pictures]
+    for table in made:
+        parts += [f"## {table.title}", markdown(table)]
+    if complaints:
+        parts += ["## Damaged records", "\n".join(f"- {complaint}" for complaint in complaints)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def where(records: Sequence[Record]) -> list[str]:
+    """The machines and versions, each with the number of cells that come from it."""
+    described: Counter[str] = Counter()
+    for record in records:
+        found = record["environment"]
+        libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
+        commit = (found["commit"] or "unknown")[:12] + (
+            ", with uncommitted changes" if found["dirty"] else ""
+        )
+        described[
+            f"{found['cpu']}, {found['cores']} cores ({' '.join(found['flags'])}), {found['system']}; "
+            f"Python {found['python']}, {libraries}; commit {commit}; {found['date'][:10]}"
+        ] += 1
+    loads = [record["environment"]["load"][0] for record in records if record["environment"]["load"]]
+    lines = [f"- {count} cells: {text}" for text, count in described.items()]
+    busy = f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}." if loads else ""
+    amx = any("amx_bf16" in record["environment"]["flags"] for record in records)
+    half = any("avx512_bf16" in record["environment"]["flags"] for record in records)
+    bf16 = f"bfloat16 in hardware: AMX {'yes' if amx else 'no'}, AVX512 {'yes' if half else 'no'}."
+    return ["\n".join(lines), f"{busy} {bf16}".strip()]
+
+
+def targets_met(records: Sequence[Record]) -> str:
+    """How many targets are met, and each one that is missed."""
+    verdicts: Counter[str] = Counter()
+    missed = []
+    for record in records:
+        cell = Cell.from_identity(record["cell"])
+        target, found = plan.target_of(cell), record["result"].get("ratio")
+        if target is None:
+            continue
+        said = verdict(found["median"], target) if found else "not measured"
+        verdicts[said] += 1
+        if said == MISSED:
+            missed.append(f"- {cell.label}: {found['median']:.3g}x, target {target}")
+    counts = f"{verdicts[MET]} met, {verdicts[MISSED]} missed, {verdicts['not measured']} not measured."
+    return "\n".join([counts, "", *missed]).strip()
+
+
+def draw(records: Sequence[Record], folder: Path) -> list[Path]:
+    """The pictures that the records suffice for."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    ratios, peaks = _ratio_lines(records), _memory_lines(records)
+    drawn = []
+    if ratios:
+        title = "Forward pass, one thread: ours / peer"
+        drawn.append(_picture(folder / "ratios.png", ratios, title, "times as fast", 1.0))
+    if peaks:
+        title = "Forward and backward: peak allocated beyond the inputs"
+        drawn.append(_picture(folder / "memory.png", peaks, title, "MiB", None))
+    return drawn
+
+
+Lines = dict[str, list[tuple[int, float]]]
+
+
+def _ratio_lines(records: Sequence[Record]) -> Lines:
+    """Forward passes on one thread, measured at several lengths."""
+    lines: Lines = {}
+    for record in records:
+        cell = Cell.from_identity(record["cell"])
+        shown = (cell.work, cell.threads, cell.dtype) == (FORWARD, 1, "float32")
+        if shown and cell.section not in ("every", "full") and record["status"] in (OK, WRONG):
+            ratio = record["result"]["ratio"]["median"]
+            lines.setdefault(f"{cell.subject} / {cell.peer}", []).append((cell.length, ratio))
+    return {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+
+
+def _memory_lines(records: Sequence[Record]) -> Lines:
+    lines: Lines = {}
+    for record in records:
+        if record["cell"]["work"] == MEMORY and record["status"] == OK:
+            point = record["cell"]["length"], record["result"]["allocated_bytes"] / 2**20
+            lines.setdefault(record["cell"]["subject"], []).append(point)
+    return {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+
+
+def _picture(path: Path, lines: Lines, title: str, label: str, level: float | None) -> Path:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["tab20"]
+    for i, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), label=name, marker="osD^vP*X"[i % 8], color=colours(i % 20))
+    if level is not None:
+        axes.axhline(level, color="#999999", ls="--", lw=1)
+    axes.set(title=title, xlabel="tokens", ylabel=label, xscale="log", yscale="log")
+    lengths = sorted({n for points in lines.values() for n, _ in points})
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", type=Path, default=HERE / "results" / "cpu.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of README.md (default: benchmarks)")
+    options = parser.parse_args(arguments)
+    if not options.records.is_file():
+        parser.error(f"--records {options.records}: no such file; python benchmarks/cpu.py writes it")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The peers, by name. Each file says where its idea comes from; none of their code is copied here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from .contender import Contender, Race
+from .flex_attention import flex
+from .idiap import fast_transformers
+from .linear_forms import chunks, cumsum
+from .lucidrains import linformer, local_attention, performer_pytorch
+from .sdpa import float_masked_sdpa, masked_sdpa, sdpa
+
+OWN_FORWARD = "own forward"
+"""As a peer: not somebody else, but our own forward pass, against our forward and backward."""
+
+PEERS: Mapping[str, Callable[[Race], Contender]] = {
+    "SDPA": sdpa,
+    "masked SDPA": masked_sdpa,
+    "masked SDPA, float mask": float_masked_sdpa,
+    "flex": flex,
+    "cumsum": cumsum,
+    "chunks": chunks,
+    "fast-transformers": fast_transformers,
+    "performer-pytorch": performer_pytorch,
+    "linformer": linformer,
+    "local-attention": local_attention,
+}
+
+__all__ = ["OWN_FORWARD", "PEERS", "Contender", "Race"]
