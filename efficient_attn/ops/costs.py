@@ -104,10 +104,11 @@ def linear_cost(
     forward = sum(terms.values())
     flops = Flops(forward)
     if training and streamed and basis != "model" and backend != "reference":
-        # Three scans, of which that of v has no normaliser. Features are computed again for the pass over the
-        # queries and for that over the keys; a projection is not learnt, so its derivative is one product.
-        no_normaliser = 2 * (pairs + (rows + new_keys) * size)
-        backward = 3 * (forward - terms["features"]) - no_normaliser + terms["features"]
+        # Three scans: that of v has no normaliser, and reads the state of that of the keys. Features are computed
+        # again for the pass over the queries and for that over the keys; a projection is not learnt, so its
+        # derivative is one product.
+        saved_in_v = 2 * (pairs + rows * size * values + new_keys * size)
+        backward = 3 * (forward - terms["features"]) - saved_in_v + terms["features"]
         flops = Flops(forward, backward, 2 * terms["features"])
     elif training:
         # Each product of two matrices has two in its backward pass, each scan has three scans.
@@ -188,17 +189,22 @@ def _linear_forward_flops(
 def _linear_backward_flops(
     grad, q, k, v, out, lost, total, valid, segment, offset, projection, feature, scale, is_causal, **kwargs
 ) -> int:  # type: ignore[no-untyped-def]
-    both = _pass_flops(q, k, projection, is_causal, v[3] + 1)
-    return 2 * both + _pass_flops(q, k, projection, is_causal, v[3]) + 3 * _feature_flops(q, k, projection)
+    scan, tokens = _pass_flops(q, k, projection, is_causal, v[3] + 1), q[0] * k[1] * k[2]
+    size = q[3] if projection is None else projection[0]
+    of_v = _pair_flops(q, size, is_causal, v[3]) + 2 * tokens * size * v[3]
+    return 2 * scan + of_v + 3 * _feature_flops(q, k, projection)
+
+
+def _pair_flops(q, size, is_causal, values) -> int:  # type: ignore[no-untyped-def]
+    return 2 * q[0] * q[1] * scan_pairs(q[2]) * (size + values) if is_causal else 0
 
 
 def _pass_flops(q, k, projection, is_causal, values) -> int:  # type: ignore[no-untyped-def]
     """One scan, the queries being the last positions."""
     batch, heads, length, width = q
     size = width if projection is None else projection[0]
-    pairs = batch * heads * scan_pairs(length) if is_causal else 0
     tokens = batch * (heads * length + k[1] * k[2])
-    return 2 * (pairs * (size + values) + tokens * size * values)
+    return _pair_flops(q, size, is_causal, values) + 2 * tokens * size * values
 
 
 def _feature_flops(q, k, projection) -> int:  # type: ignore[no-untyped-def]

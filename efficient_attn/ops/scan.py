@@ -22,7 +22,7 @@ from .operators import operator
 from .workspace import Workspace
 
 CHUNK = 64
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 2048
 """Rows of all heads together that are in flight at a time: what a core's cache holds."""
 
 
@@ -62,6 +62,11 @@ class Carry:
             k = k * torch.exp2(b - peak[..., None])[:, :, None, :, None]
         sums = k.flatten(2, 3).mT @ v.flatten(2, 3)
         self.add(sums, peak, None if segment is None else segment[:, -1])
+
+    def turned(self, columns: int) -> Carry:
+        """The same of keys and values exchanged, the first `columns` of the values alone."""
+        assert self.kv is not None
+        return Carry(self.kv[..., :columns, :].mT, self.exponent, self.segment)
 
     def read(self, q: Tensor, a: Tensor | None) -> Tensor:
         """What rows q (B, H, G, N, M) after everything see: (B, H, G, N, E)."""
@@ -108,36 +113,91 @@ def scan_block(
     q (B, H, G, N, M), k (B, H, G', N, M), v (B, H, G', N, E), of G and G' one is 1; a, b (B, H, N), segment (B, N).
     Returns (B, H, G, N, E), valid until the next block.
     """
-    groups, length, copies = q.shape[2], q.shape[3], k.shape[2]
-    size = min(CHUNK, length)
-    batch, heads, chunks = *q.shape[:2], length // size
+    past = pass_by(k, v, a, b, segment, reverse, carry, workspace)
+    return rows_of_block(q, k, v, a, b, segment, reverse, past, workspace)
 
-    def chunked(x: Tensor) -> Tensor:
-        """(B, H, G, N, M) -> (B H chunks, G size, M)."""
-        return x.unflatten(3, (chunks, size)).movedim(3, 2).reshape(-1, x.shape[2] * size, x.shape[4])
 
-    qc, kc, vc = chunked(q), chunked(k), chunked(v)
-    ac, bc = (None if x is None else x.unflatten(2, (chunks, size)) for x in (a, b))
-    sc = None if segment is None else segment.unflatten(1, (chunks, size))
-    pairs = _pairs(qc, kc, copies, ac, bc, sc, reverse, workspace)
-    y = workspace.product(pairs, vc, "rows")
+@dataclass
+class Past:
+    """What stands before each chunk of a block, and how much of it each row takes, all if `weights` is None.
 
+    `states` (B, H, chunks, M, E), `weights` (B, H or 1, chunks, size).
+    """
+
+    states: Tensor
+    weights: Tensor | None
+
+    def turned(self, columns: int) -> Past:
+        """The same of keys and values exchanged, the first `columns` of the values alone."""
+        return Past(self.states[..., :columns, :].mT, self.weights)
+
+
+def _in_chunks(x: Tensor) -> Tensor:
+    """(B, H, G, N, M) -> (B H chunks, G size, M)."""
+    size = min(CHUNK, x.shape[3])
+    x = x.unflatten(3, (x.shape[3] // size, size)).movedim(3, 2)
+    return x.reshape(-1, x.shape[3] * size, x.shape[5])
+
+
+def _scales_in_chunks(x: Tensor | None) -> Tensor | None:
+    """(..., N) -> (..., chunks, size)."""
+    return None if x is None else x.unflatten(-1, (-1, min(CHUNK, x.shape[-1])))
+
+
+def pass_by(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    segment: Tensor | None,
+    reverse: bool,
+    carry: Carry,
+    workspace: Workspace,
+) -> Past:
+    """What rows with the exponents `a` find before their chunks; `carry` moves past the block."""
+    batch, heads, copies = k.shape[:3]
+    kc, vc = _in_chunks(k), _in_chunks(v)
+    ac, bc, sc = _scales_in_chunks(a), _scales_in_chunks(b), _scales_in_chunks(segment)
+    peak = None
     if bc is not None:
         kc, peak = _weighted(kc, bc, sc, copies, reverse)
     else:
-        kc, peak = _same_segment(kc, sc, copies, reverse), None
+        kc = _same_segment(kc, sc, copies, reverse)
+    chunks = len(kc) // (batch * heads)
     sums = workspace.product(kc.mT, vc, "sums").view(batch, heads, chunks, kc.shape[2], vc.shape[2])
-    states, weights = _states(sums, peak, ac, sc, reverse, carry, workspace)
-    taken = states.flatten(0, 2)
+    if peak is None and sc is None:
+        return Past(_plain_states(sums, reverse, carry, workspace), None)
+    return _states(sums, peak, ac, sc, reverse, carry, workspace)
+
+
+def rows_of_block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    segment: Tensor | None,
+    reverse: bool,
+    past: Past,
+    workspace: Workspace,
+) -> Tensor:
+    """What rows see of their own chunk and of `past`: (B, H, G, N, E), valid until the next block."""
+    batch, heads, groups, length = q.shape[:4]
+    qc, kc, vc = _in_chunks(q), _in_chunks(k), _in_chunks(v)
+    ac, bc, sc = _scales_in_chunks(a), _scales_in_chunks(b), _scales_in_chunks(segment)
+    pairs = _pairs(qc, kc, k.shape[2], ac, bc, sc, reverse, workspace)
+    y = workspace.product(pairs, vc, "rows")
+    states, weights = past.states.flatten(0, 2), past.weights
+    size = qc.shape[1] // groups
+    by_chunk = (batch, heads, -1 if len(qc) else 0, groups, size, y.shape[2])
     if weights is not None and qc.shape[2] > y.shape[2]:
-        read = workspace.product(qc, taken, "read").view(batch, heads, chunks, groups, size, y.shape[2])
+        read = workspace.product(qc, states, "read").view(by_chunk)
         y += read.mul_(weights[:, :, :, None, :, None]).view(y.shape)
     else:
         # A power of two on the narrower side: q times it loses nothing that would have counted.
         scaled = qc if weights is None else _times(qc, weights, groups)
-        torch.baddbmm(y, scaled, taken, out=y)
-    y = y.view(batch, heads, chunks, groups, size, y.shape[2])
-    return y.movedim(2, 3).reshape(batch, heads, groups, length, y.shape[5])
+        torch.baddbmm(y, scaled, states, out=y)
+    return y.view(by_chunk).movedim(2, 3).reshape(batch, heads, groups, length, y.shape[2])
 
 
 def _pairs(
@@ -206,6 +266,24 @@ def _weighted(
     return _times(k, torch.exp2(b - peak[..., None]), copies), peak
 
 
+def _plain_states(sums: Tensor, reverse: bool, carry: Carry, workspace: Workspace) -> Tensor:
+    """Without scales and segments: running sums of `sums` over the chunks, each without its own."""
+    batch, heads, chunks, *sizes = sums.shape
+    ends = workspace.take("states", batch, heads, chunks + 1, *sizes, dtype=sums.dtype).unbind(2)
+    if reverse:
+        ends = ends[::-1]
+    order = range(chunks - 1, -1, -1) if reverse else range(chunks)
+    if carry.kv is None:
+        ends[0].zero_()
+    else:
+        ends[0].copy_(carry.kv)
+    for number, chunk in enumerate(order):
+        torch.add(ends[number], sums[:, :, chunk], out=ends[number + 1])
+    carry.kv = ends[-1].clone()
+    states = workspace.take("states", batch, heads, chunks + 1, *sizes, dtype=sums.dtype)
+    return states[:, :, 1:] if reverse else states[:, :, :-1]
+
+
 def _states(
     sums: Tensor,
     peak: Tensor | None,
@@ -214,8 +292,8 @@ def _states(
     reverse: bool,
     carry: Carry,
     workspace: Workspace,
-) -> tuple[Tensor, Tensor | None]:
-    """What stands before each chunk (B, H, chunks, M, E), and how much of it each row takes (B, H, chunks, size)."""
+) -> Past:
+    """`_plain_states` in units that differ from chunk to chunk, or for segments that end."""
     states = workspace.take("states", *sums.shape, dtype=sums.dtype)
     weights: list[Tensor] = []
     chunks = range(sums.shape[2])
@@ -224,13 +302,10 @@ def _states(
             states[:, :, c].zero_()
         else:
             states[:, :, c].copy_(carry.kv)
-        if a is not None or segment is not None:
-            weights.append(_taken(a, segment, c, carry, sums))
+        weights.append(_taken(a, segment, c, carry, sums))
         now = None if segment is None else _last(segment[:, c], reverse)
         carry.add(sums[:, :, c], None if peak is None else peak[:, :, c], now)
-    if not weights:
-        return states, None
-    return states, torch.stack(weights[::-1] if reverse else weights, 2)
+    return Past(states, torch.stack(weights[::-1] if reverse else weights, 2))
 
 
 def _taken(a: Tensor | None, segment: Tensor | None, chunk: int, carry: Carry, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..feature_maps import FORMULAS, Features
 from ..inputs import accumulation_dtype, full_precision
 from .composed import NOTHING, composed, no_weight, running_maximum
 from .operators import keep_nothing, no_second_derivative, operator
-from .scan import Carry, blocks, scan_block
+from .scan import Carry, blocks, pass_by, rows_of_block, scan_block
 from .workspace import Workspace
 
 
@@ -83,7 +83,8 @@ class _Stream:
 
     def queries(self, rows: slice) -> tuple[Tensor, Features]:
         """The scaled queries (B, Hkv, G, n, E) and their features, whose exponents cancel."""
-        x = self.by_key_head(self.q, rows).to(self.dtype) * self.scale
+        x = self.by_key_head(self.q, rows).to(self.dtype)
+        x = x if self.scale == 1.0 else x * self.scale
         return x, self.formula.values(x, self.projection)
 
     def keys(self, columns: slice) -> tuple[Tensor, Features, Tensor | None]:
@@ -238,7 +239,7 @@ def _gradient_of_queries(
 def _gradients_of_keys(
     s: _Stream, row_gradient: Callable[[slice], Tensor], exponents: Tensor | None, dk: Tensor, dv: Tensor
 ) -> None:
-    """From the last query back: the carries hold the later rows, as the keys of the mirrored scans."""
+    """From the last query back: the carry holds the later rows, as the keys of both mirrored scans."""
 
     def of_rows(rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         return (
@@ -251,23 +252,23 @@ def _gradients_of_keys(
         dk[:, :, columns] = s.formula.pull_back(x, phi, d_phi, s.projection)[:, :, 0]
         dv[:, :, columns] = d_values[:, :, 0]
 
-    for_keys, for_values = Carry(), Carry()
-    workspaces = s.workspace, Workspace(s.q.device)
+    later, other_workspace = Carry(), Workspace(s.q.device)
     for rows in s.late_queries():
         gradient, phi_q, a = of_rows(rows)
-        for_keys.absorb(gradient, phi_q, a, None)
-        for_values.absorb(phi_q, gradient[..., :-1], a, None)
+        later.absorb(gradient, phi_q, a, None)
     for rows, columns in s.beside(reverse=True):
         gradient, phi_q, a = of_rows(rows)
         x, phi_k, b = s.keys(columns)
         rest = b, a, s.segments(columns), True
-        d_phi = scan_block(s.values(columns), gradient, phi_q, *rest, for_keys, workspaces[0])
-        d_values = scan_block(phi_k.values, phi_q, gradient[..., :-1], *rest, for_values, workspaces[1])
+        past = pass_by(gradient, phi_q, *rest, later, s.workspace)
+        d_phi = rows_of_block(s.values(columns), gradient, phi_q, *rest, past, s.workspace)
+        past = past.turned(columns=s.v.shape[3])
+        d_values = rows_of_block(phi_k.values, phi_q, gradient[..., :-1], *rest, past, other_workspace)
         store(columns, x, phi_k, d_phi, d_values)
     for columns in s.past_keys() if s.q.shape[2] else ():
         x, phi_k, b = s.keys(columns)
-        d_phi = for_keys.read(s.values(columns), b)
-        store(columns, x, phi_k, d_phi, for_values.read(phi_k.values, b))
+        d_phi = later.read(s.values(columns), b)
+        store(columns, x, phi_k, d_phi, later.turned(s.v.shape[3]).read(phi_k.values, b))
 
 
 def _fake_forward(q, k, v, *others):  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -94,20 +95,27 @@ def repeats_bit_for_bit(mechanism: Mechanism) -> int:
     """The same call gives the same bits, outputs and gradients, 250 times over, whatever was called in between."""
     m = in_dtype(mechanism, torch.float32)
 
-    def once(length: int) -> list[torch.Tensor]:
-        inputs = sample(m, length, dtype=torch.float32, grad=True)
-        out = m(*inputs, key_mask=holes(length))
-        return [out, *torch.autograd.grad(out.sum(), inputs)]
+    def caller(length: int) -> Callable[[], list[torch.Tensor]]:
+        inputs, mask = sample(m, length, dtype=torch.float32, grad=True), holes(length)
 
-    def repeat(length: int, times: int, first: list[torch.Tensor], since: str) -> None:
+        def call() -> list[torch.Tensor]:
+            out = m(*inputs, key_mask=mask)
+            return [out, *torch.autograd.grad(out.sum(), inputs)]
+
+        return call
+
+    def repeat(
+        call: Callable[[], list[torch.Tensor]], first: list[torch.Tensor], times: int, what: str
+    ) -> None:
         for _ in range(times):
-            for name, actual, expected in zip(("output", "dq", "dk", "dv"), once(length), first, strict=True):
-                expect_identical(actual, expected, f"{name}{since}")
+            for name, actual, expected in zip(("output", "dq", "dk", "dv"), call(), first, strict=True):
+                expect_identical(actual, expected, f"{name}{what}")
 
-    first = once(LENGTH)
-    repeat(LENGTH, 20, first, "")
-    repeat(_SHORT, 225, once(_SHORT), f" of {_SHORT} tokens")
+    long, short = caller(LENGTH), caller(_SHORT)
+    first = long()
+    repeat(long, first, 20, "")
+    repeat(short, short(), 225, f" of {_SHORT} tokens")
     for length in lengths(m):
         m(*sample(m, length, dtype=torch.float32))
-    repeat(LENGTH, 5, first, ", after other lengths")
+    repeat(long, first, 5, ", after other lengths")
     return 250
