@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from .checkpoints import Loadable
 from .inputs import check_positive
 
 
@@ -24,7 +25,7 @@ class Features(NamedTuple):
     exponent: Float[Tensor, "*batch length"] | None
 
 
-class FeatureMap(nn.Module, ABC):
+class FeatureMap(Loadable, ABC):
     """Maps queries and keys (..., E) to non-negative features (..., M), in the accumulation dtype."""
 
     name: str

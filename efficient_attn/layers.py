@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .checkpoints import Loadable
 from .complexity import Cost, Flops, Shape
 from .inputs import check_key_mask, check_positive, check_segment_ids
 from .mechanisms.base import Mechanism
@@ -39,7 +40,7 @@ class LayerState(State):
         return LayerState(self.mechanism.reorder(indices), self.position)
 
 
-class Attention(nn.Module):
+class Attention(Loadable):
     """Multi-head attention with any mechanism: project, split into heads, attend, merge, project back.
 
         out = merge(mechanism(split(x W_q), split(c W_k), split(c W_v))) W_o    where c = context, else x

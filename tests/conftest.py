@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+from battery import PROPERTIES
 
 torch.set_num_threads(1)
 
@@ -22,6 +23,10 @@ hypothesis.settings.load_profile("fixed")
 
 SEED = 0
 LAWS = PurePosixPath("tests/laws")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, help="random cases of each mechanism, instead of 10,000 in all")
 
 
 def pytest_runtest_setup() -> None:
@@ -52,6 +57,29 @@ def law_cases(passed: Iterable[pytest.TestReport]) -> Counter[str]:
     return cases
 
 
+def property_cases(passed: Iterable[pytest.TestReport]) -> Counter[int]:
+    """The number of cases that held, by property of the battery."""
+    holds = {name: number for number, claim in PROPERTIES.items() for name in (*claim.laws, *claim.tests)}
+    cases: Counter[int] = Counter()
+    for report in passed:
+        said = dict(report.user_properties)
+        test = report.nodeid.removeprefix("tests/").partition("[")[0]
+        number = holds.get(str(said.get("law")), holds.get(test))
+        if report.when == "call" and number is not None:
+            cases[number] += int(said.get("cases", 1))
+    return cases
+
+
+def fuzzed(passed: Iterable[pytest.TestReport]) -> dict[str, Counter[str]]:
+    """How often each check held in random cases, by mechanism."""
+    made: dict[str, Counter[str]] = defaultdict(Counter)
+    for report in passed:
+        said = dict(report.user_properties)
+        if report.when == "call" and "checks" in said:
+            made[str(said["mechanism"])].update(said["checks"])
+    return made
+
+
 def skip_reasons(skipped: Iterable[pytest.TestReport]) -> dict[str, list[str]]:
     """The tests skipped, by reason."""
     tests: dict[str, list[str]] = defaultdict(list)
@@ -74,3 +102,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, count in sorted(cases.items()):
             terminalreporter.write_line(f"{count:8,} cases  {name}")
         terminalreporter.write_line(f"{cases.total():8,} cases  in all")
+    if held := property_cases(terminalreporter.stats.get("passed", [])):
+        terminalreporter.section("properties")
+        for number, count in sorted(held.items()):
+            terminalreporter.write_line(f"{count:8,} cases  {number:2}. {PROPERTIES[number].claim}")
+    if made := fuzzed(terminalreporter.stats.get("passed", [])):
+        terminalreporter.section("random cases")
+        names = list(sum(made.values(), Counter()))
+        for mechanism, counts in {**made, "in all": sum(made.values(), Counter())}.items():
+            checks = ", ".join(f"{counts[name]:,} {name}" for name in names if name != "cases")
+            terminalreporter.write_line(f"{counts['cases']:8,} cases  {mechanism}: {checks}")

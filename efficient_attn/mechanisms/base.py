@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import inputs
 from ..backends import Backend, check_backend, explain, select
+from ..checkpoints import Loadable
 from ..complexity import Complexity, Cost, Shape
 from ..complexity.cost import BASES, PHASES, check_choice
 from ..ops.problem import Problem
@@ -27,7 +28,7 @@ Output = Float[Tensor, "batch heads q_len v_head_dim"]
 Matrix = Float[Tensor, "batch heads q_len kv_len"]
 
 
-class Mechanism(nn.Module, ABC):
+class Mechanism(Loadable, ABC):
     """A linear map on values, given queries and keys: `self(q, k, v) == self.matrix(q, k) @ v`.
 
     Queries are the last L of the S positions unless `q_offset` says where the first one stands. True in a mask

@@ -17,6 +17,9 @@ from .scan import scan
 NOTHING = -(2.0**100)
 """The exponent of a key with no weight: below every real one, and finite, so that differences are too."""
 
+PIECE = 256
+"""Keys that one product sums up."""
+
 
 def no_weight(total: Tensor) -> Tensor:
     """Where a row's total weight has underflowed so far that its reciprocal would overflow gradients."""
@@ -90,11 +93,21 @@ def normalise(sums: Tensor) -> Tensor:
 def state_of(k: Tensor, v: Tensor, exponent: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """sum_j k_j v_j^T 2^(exponent_j - peak) of all keys, (B, H, M, E), and the peak (B, H)."""
     if exponent is None:
-        return k.mT @ v, None
+        return _sum_over_keys(k, v), None
     if exponent.shape[2] == 0:
         return k.mT @ v, exponent.new_full(exponent.shape[:2], NOTHING)
     peak = exponent.amax(2)
-    return (k * torch.exp2(exponent - peak[..., None])[..., None]).mT @ v, peak
+    return _sum_over_keys(k * torch.exp2(exponent - peak[..., None])[..., None], v), peak
+
+
+def _sum_over_keys(k: Tensor, v: Tensor) -> Tensor:
+    """k^T v in pieces: one product over a million keys adds them one by one, and fp32 loses up to 5e-4."""
+    number = k.shape[2] // PIECE
+    if number == 0:
+        return k.mT @ v
+    whole = number * PIECE
+    k_pieces, v_pieces = (x[:, :, :whole].unflatten(2, (number, PIECE)) for x in (k, v))
+    return (k_pieces.mT @ v_pieces).sum(2) + k[:, :, whole:].mT @ v[:, :, whole:]
 
 
 def read(q: Tensor, kv: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .transforms import transformable
+
 _LIBRARY = torch.library.Library("efficient_attn", "DEF")
 
 
@@ -29,7 +31,7 @@ def operator(
     _LIBRARY.impl(name, _hidden_from_compiler(run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=save, lib=_LIBRARY)
-    return getattr(torch.ops.efficient_attn, name).default
+    return transformable(getattr(torch.ops.efficient_attn, name).default, save, backward)
 
 
 def _hidden_from_compiler(run: Callable[..., Any]) -> Callable[..., Any]:

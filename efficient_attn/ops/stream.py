@@ -292,28 +292,26 @@ def _backward(ctx, grad, *_others):  # type: ignore[no-untyped-def]
     *tensors, projection = ctx.saved_tensors
     offset, scalars = ctx.others
     if torch.is_grad_enabled():  # somebody will differentiate the gradients
-        wanted = ctx.needs_input_grad[:3]
-        return (*_differentiable(wanted, grad, tensors, offset, projection, *scalars), *[None] * 7)
+        return (*_differentiable(grad, tensors, offset, projection, *scalars), *[None] * 7)
     return (*_backward_op(grad, *tensors, offset, projection, *scalars), *[None] * 7)
 
 
 def _differentiable(  # type: ignore[no-untyped-def]
-    wanted, grad, tensors, offset, projection, feature, scale, is_causal
-) -> list[Tensor | None]:
+    grad, tensors, offset, projection, feature, scale, is_causal
+) -> tuple[Tensor, ...]:
     """The gradients as functions of what autograd looks into."""
-    # Views, because one tensor given twice would get the gradients of both places in each.
-    q, k, v = (x.view_as(x) for x in tensors[:3])
-    valid, segment = tensors[6:]
+    q, k, v, *_, valid, segment = tensors
     cast = None if projection is None else projection.to(accumulation_dtype(q.dtype))
 
     def phi(x: Tensor) -> Features:
         return FORMULAS[feature].values(x, cast)
 
-    with full_precision(q.device):
-        out = composed(phi, q, k, v, valid, segment, offset, scale, is_causal)
-        inputs = [x for x, needed in zip((q, k, v), wanted, strict=True) if needed]
-        grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-        return [next(grads) if needed else None for needed in wanted]
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with full_precision(q.device):
+            return composed(phi, q, k, v, valid, segment, offset, scale, is_causal)
+
+    # Not autograd.grad: one tensor may be given as q, k and v, some may need no gradient, and vmap may be around.
+    return torch.func.vjp(run, q, k, v)[1](grad)
 
 
 stream = operator("linear_forward", forward, _fake_forward, _save, _backward)

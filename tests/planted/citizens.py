@@ -156,6 +156,48 @@ def dropout_has_its_own_generator(m):
 
 
 @defect(
+    "dropout of another probability, rescaled by its own: unbiased, and not what was asked for",
+    "full",
+    {"dropout_keeps_its_share": "what dropout_p = 0.1 leaves"},
+    missed=("dropout_is_dropout", "works_under_checkpointing"),
+)
+def dropout_probability_is_squared(m):
+    return fast_path(m, lambda p: _dropped(p, p.dropout_p**2, rescale=True))
+
+
+@defect(
+    "dropout of whole heads: unbiased and rescaled, but not weight by weight",
+    "full",
+    {"dropout_keeps_its_share": "dropout_p = 0.1 kept"},
+    missed=("dropout_is_dropout",),
+)
+def dropout_drops_whole_heads(m):
+    def run(p):
+        weights = safe_softmax(masked_scores(p))
+        kept = torch.rand(*weights.shape[:2], 1, 1) >= p.dropout_p
+        return apply(weights * kept / (1 - p.dropout_p), p)
+
+    return fast_path(m, run)
+
+
+@defect(
+    "a cache that is filled under inference_mode",
+    "linear",
+    {"works_in_inference_mode": "Inference tensors cannot be saved for backward"},
+    missed=("equals_its_matrix", "repeats_bit_for_bit"),
+)
+def cache_holds_inference_tensors(m):
+    cls = type(m)
+
+    def forward(self, q, k, v, **masks):
+        if not hasattr(self, "cached"):
+            self.cached = torch.ones((), dtype=v.dtype)
+        return cls.forward(self, q, k, v * self.cached.to(v.dtype), **masks)
+
+    return broken(m, forward=forward)
+
+
+@defect(
     "a Python branch on data",
     "window",
     {

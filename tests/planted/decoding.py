@@ -142,7 +142,8 @@ def state_is_hidden_in_the_module(m):
         if state.k.shape[2] == 0:
             self.cache = state
         self.cache = self.cache.append(k, v, key_mask)
-        copy = KVState(*(None if x is None else x.clone() for x in vars(self.cache).values()))
+        held = (getattr(self.cache, field.name) for field in fields(KVState))
+        copy = KVState(*(None if x is None else x.clone() for x in held))
         return self(q, copy.k, copy.v, key_mask=copy.key_mask), copy
 
     return broken(m, _step=_step)
@@ -171,3 +172,23 @@ def state_is_kept_in_bf16(m):
         return cls._state_bytes(self, shape) * shape.dtype.itemsize // width
 
     return broken(m, _init_state=_init_state, _step=_step, _state_bytes=_state_bytes)
+
+
+@defect(
+    "contract: step takes any number of new tokens; here none of them counts as a padded one",
+    "window_causal",
+    {"steps_take_nothing": "with empty steps in between"},
+    missed=("stepping_equals_forward", "state_size_is_declared"),
+)
+def empty_steps_push_the_window(m):
+    cls = type(m)
+
+    def step(self, q, k, v, state, *, key_mask=None):
+        if not q.shape[2] and state.seen:
+            nothing = k.new_zeros(*k.shape[:2], 1, k.shape[3])
+            state.push(
+                nothing, v.new_zeros(*v.shape[:2], 1, v.shape[3]), k.new_zeros(len(k), 1, dtype=torch.bool)
+            )
+        return cls.step(self, q, k, v, state, key_mask=key_mask)
+
+    return broken(m, step=step)

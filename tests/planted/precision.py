@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from efficient_attn.ops.dense import safe_softmax
 from efficient_attn.ops.problem import allowed_pairs
@@ -159,3 +160,62 @@ def _contiguous(shape: torch.Size) -> list[int]:
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * max(size, 1))
     return strides
+
+
+@defect(
+    "contract: addresses are 64 bits wide; a kernel with 32-bit offsets",
+    "full",
+    {"reaches_far_memory": r"output, rows 2\^31 elements apart"},
+    missed=("layout_does_not_matter",),
+)
+def strides_wrap_at_31_bits(m):
+    def wrapped(x: Tensor) -> Tensor:
+        read = x.detach().as_strided(x.shape, [stride % (1 << 31) for stride in x.stride()])
+        return x + (read - x.detach())
+
+    return before_fast_path(m, lambda p: {"q": wrapped(p.q), "k": wrapped(p.k), "v": wrapped(p.v)})
+
+
+class _TripledWithGraph(torch.autograd.Function):
+    """The identity, whose gradient is three times too large if somebody will differentiate it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * 3 if torch.is_grad_enabled() else grad
+
+
+@defect(
+    "a backward pass of its own for create_graph=True, which counted one tensor given as q, k and v three times",
+    "full",
+    {"gradients_do_not_depend_on_who_asks": "gradient of q with create_graph"},
+    missed=("passes_gradcheck", "equals_its_matrix", "second_derivatives_are_right_or_refused"),
+)
+def gradients_are_others_with_create_graph(m):
+    return before_fast_path(m, lambda p: {"q": _TripledWithGraph.apply(p.q)})
+
+
+class _Exp(torch.autograd.Function):
+    """exp, with a first derivative that has none itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.y = x.exp()
+        return ctx.y.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * ctx.y
+
+
+@defect(
+    "contract: a second derivative is right or refused; here it is cut off inside",
+    "full",
+    {"second_derivatives_are_right_or_refused": "gradgradcheck failed"},
+    missed=("passes_gradcheck", "equals_its_matrix"),
+)
+def second_derivative_is_cut_off(m):
+    return before_fast_path(m, lambda p: {"q": _Exp.apply(p.q).log()})

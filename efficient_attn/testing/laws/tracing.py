@@ -31,7 +31,8 @@ def runs_on_meta(mechanism: Mechanism) -> int:
         return 1
     state = m.init_state(2, kv_heads, size, v_head_dim=V_HEAD_DIM, dtype=torch.bfloat16, device="meta")
     for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
-        out, state = m.step(*(x[:, :, start:stop].detach() for x in inputs), state)
+        q, k, v = (x[:, :, start:stop].detach() for x in inputs)
+        out, state = m.step(q, k, v, state)
         expect(out.shape == (2, heads, stop - start, V_HEAD_DIM) and out.is_meta, f"output {out} of a step")
     return 4
 
