@@ -3,13 +3,14 @@ PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ ?= 100000
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench peers lint format clean
+.PHONY: help test fuzz demo bench peers lint format clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -17,12 +18,15 @@ help:  ## say what can be made
 test: $(VENV)/.dev  ## install what the tests need, then run all of them
 	$(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+fuzz: $(VENV)/.dev  ## try 100,000 random cases of each mechanism, an hour or two; FUZZ=1000 for so many
+	$(RUN) -m pytest -n $(JOBS) tests/test_fuzz.py -k random_cases --fuzz $(FUZZ)
+
 demo: $(VENV)/.demo  ## install what the demo needs, then run examples/long_context_lm.py
 	$(RUN) examples/long_context_lm.py
 
 bench: $(VENV)/.bench  ## measure this CPU, an hour or two, and write benchmarks/README.md; BENCH_ARGS=--quick for a trial
 	$(RUN) benchmarks/cpu.py $(BENCH_ARGS)
-	$(if $(findstring --quick,$(BENCH_ARGS)),,$(RUN) benchmarks/page.py)
+	$(if $(findstring --quick,$(BENCH_ARGS)),,$(RUN) benchmarks/page.py --summary README.md)
 
 # Its build wants CUDA wherever it finds nvcc, so it must not find one.
 peers: $(VENV)/.bench  ## build one more peer of the benchmarks, pytorch-fast-transformers: minutes, and a C++ compiler

@@ -1,6 +1,7 @@
 """Makes benchmarks/README.md, with its pictures, from the records of `benchmarks/cpu.py`.
 
     python benchmarks/page.py                          # reads results/cpu.jsonl
+    python benchmarks/page.py --summary README.md   # and puts the short table into the README
     python benchmarks/page.py --records FILE --out FOLDER
 
 Of each cell the newest record counts. Pictures need matplotlib; without it the page has tables alone.
@@ -21,6 +22,7 @@ from benchmarks import plan
 from benchmarks.harness.cells import FORWARD, MEMORY, Cell
 from benchmarks.harness.records import OK, WRONG, Record, Records
 from benchmarks.harness.tables import LEGEND, MET, MISSED, markdown, tables, verdict
+from benchmarks.summary import filled_in, summary
 
 HERE = Path(__file__).parent
 INTRODUCTION = """\
@@ -55,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = draw(newest, options.out / "results")
     page = options.out / "README.md"
     page.write_text(page_of(newest, complaints, pictures), encoding="utf-8")
+    if options.summary is not None:
+        options.summary.write_text(filled_in(options.summary.read_text(), summary(newest)))
     print(f"wrote {page}" + "".join(f" and {picture}" for picture in pictures))
     return 0
 
@@ -194,6 +198,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--records", type=Path, default=HERE / "results" / "cpu.jsonl")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of README.md (default: benchmarks)")
+    parser.add_argument("--summary", type=Path, help="a file in which to fill in the short table of speed")
     options = parser.parse_args(arguments)
     if not options.records.is_file():
         parser.error(f"--records {options.records}: no such file; python benchmarks/cpu.py writes it")
