@@ -4,13 +4,14 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ ?= 100000
+MUTANTS_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test fuzz demo bench peers lint format clean
+.PHONY: help test fuzz mutants demo bench peers lint format clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +21,9 @@ test: $(VENV)/.dev  ## install what the tests need, then run all of them
 
 fuzz: $(VENV)/.dev  ## try 100,000 random cases of each mechanism, an hour or two; FUZZ=1000 for so many
 	$(RUN) -m pytest -n $(JOBS) tests/test_fuzz.py -k random_cases --fuzz $(FUZZ)
+
+mutants: $(VENV)/.dev  ## break the package on purpose, one mistake at a time, half an hour: tests must notice each
+	PYTHONPATH=tests $(RUN) -m mutants --jobs $(JOBS) $(MUTANTS_ARGS)
 
 demo: $(VENV)/.demo  ## install what the demo needs, then run examples/long_context_lm.py
 	$(RUN) examples/long_context_lm.py

@@ -190,6 +190,8 @@ COSTS = (
     "saved_bytes_are_measured",
     "largest_intermediate_grows_as_declared",
     "declared_time_is_the_cost",
+    "declared_decoding_is_the_cost",
+    "declared_traffic_is_every_tensor_once",
     "state_size_is_declared",
 )
 """The laws that hold what a mechanism says about itself, beside the 24."""

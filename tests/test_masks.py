@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -42,12 +44,17 @@ MASKS = {
     "bigbird_causal": bigbird(True),
     "strided": Strided(5),
     "strided_causal": Strided(5) & Causal(),
+    "causal_strided": Causal() & Strided(5),
     "strided_or_sinks": Strided(6) | Sinks(3),
     "sinks_or_strided_causal": (Sinks(3) | Strided(6)) & Causal(),
     "fixed": Fixed(5, 2),
     "fixed_causal": Causal() & Fixed(5, 2),
     "fixed_or_window": Fixed(7, 1) | Window(4),
     "window_and_strided": Window(9) & Strided(4),
+    "strided_and_causal_window": Strided(5) & (Window(11) & Causal()),
+    "strided_and_union": Strided(4) & (Window(11) | Window(2)),
+    "drawn_first": RandomBlocks(4, 2, 1, False) | Window(3),
+    "global_twice": Window(2) | GlobalTokens.at((9, 2, 9, 3)),
 }
 SHAPES = [
     (1, 1, None),
@@ -63,6 +70,7 @@ every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 every_shape = pytest.mark.parametrize(("q_len", "num_keys", "offset"), SHAPES)
 
 
+@functools.cache
 def brute(mask: Mask, q_len: int, num_keys: int, offset: int | None) -> torch.Tensor:
     offset = num_keys - q_len if offset is None else offset
     mask = mask.sized(num_keys)

@@ -109,7 +109,7 @@ class FromTheGlobalGenerator(PerformerAttention):
 @defect(
     "performer-pytorch 1.1.4: features from the global generator differ between ranks",
     "performer",
-    {"leaves_random_state_alone": "two global seeds"},
+    {"leaves_random_state_alone": "generator was used in construction"},
     missed=("repeats_bit_for_bit", "survives_copies"),
 )
 def projection_comes_from_the_global_generator(m):

@@ -117,3 +117,24 @@ def intermediate_is_quadratic(m):
 )
 def time_is_declared_linear(m):
     return broken(m, complexity=replace(type(m).complexity, time="L*E"))
+
+
+@defect(
+    "a cache of every key behind a window, declared as the window",
+    "full_causal",
+    {"declared_decoding_is_the_cost": r"state grows like L\^1\.000, declared L\^0"},
+    missed=("declared_time_is_the_cost", "state_size_is_declared"),
+)
+def state_is_declared_constant(m):
+    return broken(m, complexity=replace(type(m).complexity, state="w*E"))
+
+
+@defect(
+    "parameters that nobody reads",
+    "linformer",
+    {"declared_traffic_is_every_tensor_once": "bytes to read, declared"},
+    missed=("saved_bytes_are_measured", "hardware_flops_are_counted"),
+)
+def projections_are_not_read(m):
+    size = sum(p.numel() for p in m.parameters())
+    return misstated(m, lambda cost, basis: replace(cost, bytes_read=cost.bytes_read - 4 * size))

@@ -19,15 +19,17 @@ _CUTS = (1, 5, 16, LENGTH - 1)
 
 @law(lambda m: m.is_causal)
 def sees_no_future(mechanism: Mechanism) -> int:
-    """Replacing the future, at 1, 10 and 1000 times the scale, leaves the past bit-identical in every dtype."""
+    """Replacing the future, at any scale that the dtype holds, leaves the past bit-identical."""
     cases = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         m = in_dtype(mechanism, dtype)
+        # The last squares within the dtype: beside it, what shares its stabiliser underflows.
+        factors = (1.0, 10.0, 1000.0, 1e18 if dtype != torch.float16 else 1e4)
         for mask in (None, holes(LENGTH)):
             q, k, v = sample(m, dtype=dtype)
             before = m(q, k, v, key_mask=mask)
             for cut in _CUTS:
-                for factor in (1.0, 10.0, 1000.0):
+                for factor in factors:
                     others = sample(m, dtype=dtype, seed=1)
                     changed = [
                         torch.cat([a[:, :, :cut], b[:, :, cut:] * factor], 2)

@@ -74,6 +74,8 @@ def training_flops_are_counted(mechanism: Mechanism) -> int:
         # torch's unfused attention recomputes nothing, where its fused kernels do.
         declared = flops.total - flops.recompute if m.backend == "sdpa" else flops.total
         expect(counted == declared, f"counted {counted}, declared {declared} at length {length}")
+        again = m.cost(_shape(m, length, length, torch.float32), training=True).flops.recompute
+        expect(again == 0, f"the mathematics computes nothing twice, declared {again} at length {length}")
         cases += 1
     return cases
 
@@ -154,3 +156,37 @@ def declared_time_is_the_cost(mechanism: Mechanism) -> int:
     declared = mechanism.complexity.degree("time")
     expect(abs(grown - declared) < 0.05, f"FLOPs grow like L^{grown:.3f}, declared L^{declared:g}")
     return 1
+
+
+@law(lambda m: m.is_causal)
+def declared_decoding_is_the_cost(mechanism: Mechanism) -> int:
+    """The FLOPs of more tokens, and the bytes of the state, grow with the length as `complexity` says."""
+    lengths = (1 << 14, 1 << 16)
+    # Many tokens: where a single one stands in its block or stride would decide what it costs.
+    costs = [mechanism.cost(_shape(mechanism, 1024, n, torch.float32), phase="decode") for n in lengths]
+    for name, small, large in (
+        ("decode_time", *(cost.flops.forward for cost in costs)),
+        ("state", *(cost.state_bytes for cost in costs)),
+    ):
+        grown = math.log(large / small) / math.log(lengths[1] / lengths[0])
+        declared = mechanism.complexity.degree(name)
+        expect(abs(grown - declared) < 0.05, f"{name} grows like L^{grown:.3f}, declared L^{declared:g}")
+    return 2
+
+
+@law()
+def declared_traffic_is_every_tensor_once(mechanism: Mechanism) -> int:
+    """Inputs and parameters are read once, the output is written once, and every learnt number is counted."""
+    for dtype in (torch.float32, torch.bfloat16):
+        m = in_dtype(mechanism, dtype)
+        inputs = sample(m, dtype=dtype)
+        parameters = list(m.parameters())
+        cost = m.cost(_shape(m, LENGTH, LENGTH, dtype))
+        read, written = sum(x.nbytes for x in (*inputs, *parameters)), m(*inputs).nbytes
+        expect(cost.bytes_read == read, f"{read} bytes to read, declared {cost.bytes_read}, {dtype}")
+        expect(
+            cost.bytes_written == written, f"{written} bytes to write, declared {cost.bytes_written}, {dtype}"
+        )
+        numbers = sum(x.numel() for x in parameters)
+        expect(cost.params == numbers, f"{numbers} numbers are learnt, declared {cost.params}")
+    return 2

@@ -37,11 +37,14 @@ def _decode(
 
 @law(lambda m: m.is_causal)
 def stepping_equals_forward(mechanism: Mechanism) -> int:
-    """Any chunking of `step` gives the outputs of `forward`, left padding and holes included."""
+    """Any chunking of `step` gives the outputs of `forward`, left padding and holes included, whatever they hold."""
     m = in_dtype(mechanism, torch.float64)
     for mask in (None, holes(LENGTH)):
         inputs = sample(m)
         whole = m(*inputs, key_mask=mask)
+        if mask is not None:
+            q, k, v = inputs
+            inputs = q, *(x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (k, v))
         for sizes in _CHUNKINGS:
             out, _ = _decode(m, inputs, mask, sizes, _start(m, *inputs[1:]))
             expect_close(out, whole, f"chunks {sizes[:4]}, {'no mask' if mask is None else 'key_mask'}")

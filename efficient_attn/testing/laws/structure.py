@@ -114,7 +114,8 @@ def reset_parameters_fills_empty_memory(mechanism: Mechanism) -> int:
 
 @law()
 def leaves_random_state_alone(mechanism: Mechanism) -> int:
-    """Without dropout no random number is drawn; two instances of one seed agree whatever the global seed was."""
+    """Without dropout no random number is drawn; two instances of one seed agree whatever the global seed was, which
+    making them leaves alone if there is nothing to learn."""
     m = in_dtype(mechanism, torch.float32)
     q, k, v = sample(m, dtype=torch.float32)
     with untouched_rng("in evaluation"):
@@ -124,6 +125,9 @@ def leaves_random_state_alone(mechanism: Mechanism) -> int:
         expect_identical(m(q, k, v), first, "after another global seed")
     with untouched_rng("in training"):
         _without_dropout(m).train()(q, k, v)
+    if not any(True for _ in mechanism.parameters()):
+        with untouched_rng("in construction"):
+            type(mechanism).examples(LENGTH, HEADS, HEAD_DIM)
 
     made = []
     for seed in (1, 2):
@@ -133,7 +137,7 @@ def leaves_random_state_alone(mechanism: Mechanism) -> int:
     for one, other in zip(*made, strict=True):
         for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
             expect_identical(a, b, f"{name} of {one}, made under two global seeds")
-    return 4
+    return 5
 
 
 @law()
