@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from benchmarks.harness.cells import FORWARD, RACES, Cell
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import three
+from benchmarks.peers import OWN_FORWARD
 
 BEGIN, END = "<!-- speed:begin -->\n", "<!-- speed:end -->"
 LENGTHS = (4096, 16_384)
@@ -18,7 +19,9 @@ def summary(records: Sequence[Record]) -> str:
     for record in records:
         cell = Cell.from_identity(record["cell"])
         found = record["result"].get("ratio")
-        shown = cell.work in RACES and cell.threads == 1 and cell.dtype == "float32"
+        shown = (
+            cell.work in RACES and cell.threads == 1 and cell.dtype == "float32" and cell.peer != OWN_FORWARD
+        )
         if shown and found and cell.length in LENGTHS and cell.section not in ("full", "every"):
             rows.setdefault((cell.subject, cell.work, cell.peer), {})[cell.length] = (
                 f"{three(found['median'])}x"

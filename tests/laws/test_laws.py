@@ -16,6 +16,7 @@ from efficient_attn.testing.laws.law import expect, expect_close
 from efficient_attn.testing.sampling import HEAD_DIM, HEADS, LENGTH, holes, in_dtype, sample
 
 BACKEND_FREE = {name for module in (costs, structure, tracing) for name in LAWS if hasattr(module, name)}
+BACKEND_FREE -= {"dropout_is_dropout"}
 """Laws that choose backends themselves, or speak of none."""
 
 
