@@ -193,3 +193,17 @@ def test_check_mechanism_takes_sizes_from_the_mechanism(mechanism: nn.Module):
 def test_check_mechanism_says_when_a_mechanism_is_too_short_for_it():
     with pytest.raises(ValueError, match="at least 37 tokens, its max_seq_len is 16"):
         check_mechanism(LinformerAttention(16, 4, rank=4))
+
+
+def test_an_offset_that_moves_on_changes_no_gradient():
+    q, k, v = normal(1, 2, 4, 8), normal(1, 2, 12, 8), normal(1, 2, 12, 8)
+    for mechanism in (SlidingWindowAttention(3, is_causal=True), LinearAttention(is_causal=True)):
+        grads = []
+        for offset in (5, torch.tensor(5)):
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = mechanism(*inputs, q_offset=offset)
+            if isinstance(offset, torch.Tensor):
+                offset += 1  # as a cache does between forward and backward
+            grads.append(torch.autograd.grad(out.sum(), inputs))
+        for moved, fixed in zip(*reversed(grads), strict=True):
+            torch.testing.assert_close(moved, fixed)
