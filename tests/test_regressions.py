@@ -18,7 +18,7 @@ from efficient_attn import (
     PerformerAttention,
     SlidingWindowAttention,
 )
-from efficient_attn.masks import Causal, Everything, Mask, Window
+from efficient_attn.masks import Causal, Everything, Fixed, GlobalTokens, Mask, Strided, Window
 from efficient_attn.mechanisms import SoftmaxMechanism
 from efficient_attn.ops.tiles import BATCH_SCORES
 from efficient_attn.testing import check_mechanism
@@ -207,3 +207,17 @@ def test_an_offset_that_moves_on_changes_no_gradient():
             grads.append(torch.autograd.grad(out.sum(), inputs))
         for moved, fixed in zip(*reversed(grads), strict=True):
             torch.testing.assert_close(moved, fixed)
+
+
+def test_tiles_of_one_shape_under_two_masks_are_two_groups():
+    class Both(SoftmaxMechanism):
+        complexity = FullAttention.complexity
+
+        @classmethod
+        def examples(cls, seq_len, num_heads, head_dim):
+            return [cls(Fixed(32, 1) | Strided(33), is_causal=False)]
+
+    q, k, v = normal(1, 1, 300, 8), normal(1, 1, 300, 8), normal(1, 1, 300, 8)
+    for mask in (Fixed(32, 1) | Strided(33) | Causal(), GlobalTokens.first(2) | Strided(33) | Window(65)):
+        both = Both(mask, is_causal=False)
+        torch.testing.assert_close(both(q, k, v), both.matrix(q, k) @ v)

@@ -203,7 +203,7 @@ def tile_groups(
     """The tiles of `plan` by shape; those whose result is stored come before those whose result is merged."""
     members: dict[tuple, list[Tile]] = {}
     for tile in plan(mask, start, stop, num_keys, rows, keys):
-        shape = (not tile.first, tile.num_rows, tile.rows.step, tile.num_keys, tile.num_partial)
+        shape = (not tile.first, tile.num_rows, tile.rows.step, tile.num_keys, tile.num_partial, tile.mask)
         members.setdefault((*shape, _hidden_pattern(tile)), []).append(tile)
     in_order = sorted(members, key=lambda shape: shape[0])
     return tuple(TileGroup(tuple(members[key]), key[-1] is not None) for key in in_order)
