@@ -285,8 +285,10 @@ FORMULAS: dict[str, Formula] = {
 
 
 def formula_of(phi: FeatureMap) -> str | None:
-    """The key of `phi` in FORMULAS; None for a map of somebody else's, a subclass of ours included."""
-    return phi.name if type(phi) in (EluPlusOne, Relu, SquaredRelu, Exp, Favor) else None
+    """The key of `phi` in FORMULAS; None for a map of somebody else's, a subclass of ours and a learnt projection."""
+    if type(phi) not in (EluPlusOne, Relu, SquaredRelu, Exp, Favor):
+        return None
+    return None if isinstance(phi, Favor) and phi.projection.requires_grad else phi.name
 
 
 def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Float[Tensor, "rows columns"]:

@@ -69,16 +69,20 @@ class KVState(State):
     def __post_init__(self) -> None:
         self._rooms = _Room(), _Room(), _Room()
 
-    def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> KVState:
-        """This state and the new tokens after it."""
+    def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None, *, in_place: bool) -> KVState:
+        """This state and the new tokens after it; `in_place` unless a backward pass will read what this one holds."""
         masks = None
         if self.key_mask is not None or key_mask is not None:
             past, new = (
                 x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
                 for x, mask in ((self.k, self.key_mask), (k, key_mask))
             )
-            masks = self._rooms[2].append(past, new, 1)
-        longer = KVState(self._rooms[0].append(self.k, k, 2), self._rooms[1].append(self.v, v, 2), masks)
+            masks = self._rooms[2].append(past, new, 1, in_place)
+        keys, values = (
+            room.append(past, new, 2, in_place)
+            for room, past, new in zip(self._rooms, (self.k, self.v), (k, v), strict=False)
+        )
+        longer = KVState(keys, values, masks)
         longer._rooms = self._rooms
         return longer
 
@@ -96,32 +100,26 @@ class _Room:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
-        self._filled = 0
+        self._newest: Tensor | None = None
 
-    def append(self, past: Tensor, new: Tensor, dim: int) -> Tensor:
-        """`past` and `new` along `dim`: in place if `past` is all that the buffer holds, else a copy."""
-        if torch.compiler.is_compiling() or _wants_gradient(past, new):
+    def append(self, past: Tensor, new: Tensor, dim: int, in_place: bool) -> Tensor:
+        """`past` and `new` along `dim`: in place if `past` is what the last call returned, else a copy."""
+        if torch.compiler.is_compiling() or not in_place:
             return torch.cat([past, new], dim)
         length = past.shape[dim] + new.shape[dim]
         buffer = self._buffer
-        if buffer is None or not self._continues(past, dim) or length > buffer.shape[dim]:
+        if buffer is None or past is not self._newest or length > buffer.shape[dim] or not _writable(buffer):
             shape = list(past.shape)
             shape[dim] = length + length // 4
-            buffer = self._buffer = past.new_empty(shape)
+            buffer = self._buffer = new.new_empty(shape)
             buffer.narrow(dim, 0, past.shape[dim]).copy_(past)
-        self._filled = length
         buffer.narrow(dim, past.shape[dim], new.shape[dim]).copy_(new)
-        return buffer.narrow(dim, 0, length)
-
-    def _continues(self, past: Tensor, dim: int) -> bool:
-        buffer = self._buffer
-        assert buffer is not None
-        writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
-        return writable and buffer.data_ptr() == past.data_ptr() and self._filled == past.shape[dim]
+        self._newest = buffer.narrow(dim, 0, length)
+        return self._newest
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _writable(buffer: Tensor) -> bool:
+    return torch.is_inference_mode_enabled() or not buffer.is_inference()
 
 
 @dataclass

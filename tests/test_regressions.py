@@ -209,15 +209,102 @@ def test_an_offset_that_moves_on_changes_no_gradient():
             torch.testing.assert_close(moved, fixed)
 
 
-def test_tiles_of_one_shape_under_two_masks_are_two_groups():
-    class Both(SoftmaxMechanism):
-        complexity = FullAttention.complexity
+class Mine(SoftmaxMechanism):
+    """Softmax attention over any mask."""
 
-        @classmethod
-        def examples(cls, seq_len, num_heads, head_dim):
-            return [cls(Fixed(32, 1) | Strided(33), is_causal=False)]
+    examples = classmethod(lambda cls, *sizes: [])
 
-    q, k, v = normal(1, 1, 300, 8), normal(1, 1, 300, 8), normal(1, 1, 300, 8)
-    for mask in (Fixed(32, 1) | Strided(33) | Causal(), GlobalTokens.first(2) | Strided(33) | Window(65)):
-        both = Both(mask, is_causal=False)
-        torch.testing.assert_close(both(q, k, v), both.matrix(q, k) @ v)
+
+@pytest.mark.parametrize(
+    "mask",
+    [Fixed(32, 1) | Strided(33) | Causal(), GlobalTokens.first(2) | Strided(33) | Window(65)],
+    ids=["fixed or strided or causal", "global or strided or window"],
+)
+def test_tiles_of_one_shape_under_different_masks_stay_apart(mask: Mask):
+    q, k, v = torch.randn(3, 1, 1, 300, 8, dtype=torch.float64)
+    m = Mine(mask, is_causal=False)
+    torch.testing.assert_close(m(q, k, v), m.matrix(q, k) @ v)
+
+
+def _tokens(steps: int) -> torch.Tensor:
+    return torch.randn(2, 2, steps, 4, dtype=torch.float64)
+
+
+def test_only_queries_need_a_gradient_through_steps():
+    m, x = FullAttention(is_causal=True), _tokens(9)
+    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    state, outputs = m.init_state(2, 2, 4, dtype=torch.float64), []
+    for token in x.split(1, 2):
+        out, state = m.step(token @ weight, token, token, state)
+        outputs.append(out)
+    actual = torch.autograd.grad(torch.cat(outputs, 2).square().sum(), weight)
+    torch.testing.assert_close(actual, torch.autograd.grad(m(x @ weight, x, x).square().sum(), weight))
+
+
+def test_a_view_put_into_a_state_is_what_the_next_step_reads():
+    m, x = FullAttention(is_causal=True), _tokens(9)
+    state = m.init_state(2, 2, 4, dtype=torch.float64)
+    for token in x[:, :, :8].split(1, 2):
+        _, state = m.step(token, token, token, state)
+    state.k, state.v = (kv[:1].expand(2, -1, -1, -1) for kv in (state.k, state.v))
+    _, state = m.step(*[x[:, :, 8:]] * 3, state)
+    assert torch.equal(state.k[:, :, :8], x[:1, :, :8].expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "grad of queries"])
+def test_steps_under_transforms(transform: str):
+    m, x = FullAttention(is_causal=True, backend="reference"), _tokens(6)
+
+    def last(queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        state = m.init_state(len(tokens), 2, 4, dtype=torch.float64)
+        for q, token in zip(queries.split(1, 2), tokens.split(1, 2), strict=True):
+            out, state = m.step(q, token, token, state)
+        return out
+
+    def whole(queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return m(queries, tokens, tokens)[:, :, -1:]
+
+    def run(f):
+        if transform == "vmap":
+            return torch.func.vmap(lambda t: f(t[None], t[None])[0])(x)
+        if transform == "jvp":
+            return torch.func.jvp(lambda t: f(t, t), (x,), (x.cos(),))[1]
+        return torch.func.grad(lambda t: f(t, x).sum())(x)
+
+    torch.testing.assert_close(run(last), run(whole))
+
+
+def test_dropout_is_the_same_for_all_vectors_of_a_vectorised_backward_pass():
+    m = SlidingWindowAttention(4, is_causal=True, dropout_p=0.3).train()
+    x = torch.randn(2, 4, 9, 4, dtype=torch.float64)
+    _, pull = torch.func.vjp(lambda v: m(x, x, v), x)
+    grads = torch.randn(5, *x.shape, dtype=torch.float64)
+    expected = torch.stack([pull(grad)[0] for grad in grads])
+    torch.testing.assert_close(torch.func.vmap(lambda grad: pull(grad)[0])(grads), expected)
+
+
+def test_dropout_does_not_depend_on_the_default_dtype():
+    m = SlidingWindowAttention(6, dropout_p=0.4).train()
+    v = torch.randn(1, 1, 20, 4, requires_grad=True)
+    out = m(v, v, v)
+    (expected,) = torch.autograd.grad(out.sum(), v, retain_graph=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        (actual,) = torch.autograd.grad(out.sum(), v)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+
+
+def test_a_learnt_projection_has_a_gradient():
+    m, x = PerformerAttention(4, is_causal=True), torch.randn(1, 2, 9, 4)
+    m.feature_map.projection.requires_grad_()
+    (grad,) = torch.autograd.grad(m(x, x, x).sum(), m.feature_map.projection)
+    assert grad.abs().max() > 0
+
+
+def test_values_of_no_width():
+    q, v = torch.randn(1, 2, 9, 4, requires_grad=True), torch.randn(1, 2, 9, 0, requires_grad=True)
+    out = LinearAttention(is_causal=True)(q, q, v)
+    assert out.shape == v.shape
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, v))] == [q.shape, v.shape]

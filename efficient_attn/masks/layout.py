@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class Tile:
     def num_partial(self) -> int:
         return sum(map(_length, self.partial))
 
+    def allowed(self, device: torch.device) -> Tensor:
+        """Which of the pairs with `partial` keys the mask allows: (rows, keys)."""
+        assert self.mask is not None
+        rows, keys = _positions((self.rows,), device), _positions(self.partial, device)
+        return self.mask.allows(rows[:, None], keys[None, :])
+
     def within(self, other: Mask, num_keys: int) -> Tile | None:
         """This tile under a second mask, its keys trimmed to what that mask can allow; None if nothing is left."""
         rows = self.rows.start, self.rows.stop
@@ -57,6 +64,11 @@ class Tile:
             return None
         mask = other if self.mask is None else self.mask & other
         return replace(self, whole=tuple(inside), partial=tuple(partial), mask=mask if partial else None)
+
+
+def _positions(slices: Sequence[slice], device: torch.device) -> Tensor:
+    parts = [torch.arange(s.start, s.stop, s.step, device=device) for s in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _length(s: slice) -> int:
@@ -134,13 +146,9 @@ def plan(mask: Mask, start: int, stop: int, num_keys: int, rows: int, keys: int)
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles of one shape, which one batched product serves.
-
-    `hides_alike` says that all of them hide the same pairs; `first` is that of each tile.
-    """
+    """Tiles of one shape that hide the same pairs, which one batched product serves; `first` is that of each."""
 
     tiles: tuple[Tile, ...]
-    hides_alike: bool
 
     @property
     def first(self) -> bool:
@@ -163,7 +171,7 @@ class TileGroup:
         width = runs[0].width
         starts = [[s.start for s in run.slices] for run in runs]
         aligned = all(start % width == 0 for run in starts for start in run)
-        alike = all(run.width == width and run.slices[0].step == 1 for run in runs)
+        alike = all(run.width == width and all(s.step == 1 for s in run.slices) for run in runs)
         if not (alike and aligned) or all(run.gap for run in runs):
             return None
         return width, torch.tensor(starts).mT // width
@@ -203,17 +211,21 @@ def tile_groups(
     """The tiles of `plan` by shape; those whose result is stored come before those whose result is merged."""
     members: dict[tuple, list[Tile]] = {}
     for tile in plan(mask, start, stop, num_keys, rows, keys):
-        shape = (not tile.first, tile.num_rows, tile.rows.step, tile.num_keys, tile.num_partial, tile.mask)
+        shape = (not tile.first, tile.num_rows, tile.rows.step, tile.num_keys, tile.num_partial)
         members.setdefault((*shape, _hidden_pattern(tile)), []).append(tile)
     in_order = sorted(members, key=lambda shape: shape[0])
-    return tuple(TileGroup(tuple(members[key]), key[-1] is not None) for key in in_order)
+    return tuple(TileGroup(tuple(members[key])) for key in in_order)
 
 
-def _hidden_pattern(tile: Tile) -> tuple[tuple[int, int, int], ...] | None:
-    """Tiles of one shape with equal patterns hide the same pairs; None where only the predicate can tell."""
-    if tile.mask is not None and not tile.mask.stationary:
+def _hidden_pattern(tile: Tile) -> Hashable:
+    """Equal for tiles of one shape only if they hide the same pairs."""
+    if tile.mask is None:
         return None
-    return tuple((s.start - tile.rows.start, _length(s), s.step) for s in tile.partial)
+    if tile.mask.stationary:
+        return tile.mask, *((s.start - tile.rows.start, _length(s), s.step) for s in tile.partial)
+    allowed = tile.allowed(torch.device("cpu")).flatten()
+    bits = F.pad(allowed, (0, -len(allowed) % 62)).unflatten(0, (-1, 62)).long()
+    return tuple((bits << torch.arange(62)).sum(1).tolist())
 
 
 def tiles_from_spans(mask: Mask, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:

@@ -91,7 +91,9 @@ class SoftmaxMechanism(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, key_mask: Tensor | None
     ) -> tuple[Tensor, State]:
         if self.retained is None:
-            state = state.append(k, v, key_mask)
+            # A backward pass through any of these reads the keys and values again.
+            recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state.k, state.v))
+            state = state.append(k, v, key_mask, in_place=not recorded)
             return self(q, state.k, state.v, key_mask=state.key_mask), state
         size = max(self.retained[0], self._STEP_CHUNK)
         valid = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask

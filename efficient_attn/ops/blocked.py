@@ -50,7 +50,8 @@ def _generator(seed: Tensor | None, device: torch.device) -> torch.Generator | N
 
 def _keep(scores: Tensor, generator: torch.Generator, dropout_p: float) -> Tensor:
     """Dropout's factor for each weight: 0, or 1 / (1 - p)."""
-    draw = torch.rand(scores.shape, generator=generator, device=scores.device)
+    # Not in the default dtype, which may be coarser than `dropout_p`, or another one when it is drawn again.
+    draw = torch.rand(scores.shape, generator=generator, dtype=torch.float32, device=scores.device)
     return (draw >= dropout_p).to(scores.dtype) / (1 - dropout_p)
 
 

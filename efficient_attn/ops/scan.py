@@ -53,15 +53,15 @@ class Carry:
             exponent = joint
         self.exponent, self.segment = exponent, segment
 
-    def absorb(self, k: Tensor, v: Tensor, b: Tensor | None, segment: Tensor | None) -> None:
-        """Add keys (B, H, G, N, M) and values (B, H, G, N, E) that no row stands among, of one segment if of any."""
+    def absorb(self, k: Tensor, v: Tensor, b: Tensor | None) -> None:
+        """Add keys (B, H, G, N, M) and values (B, H, G, N, E) that no row stands among; there are no segments."""
         if k.shape[3] == 0:
             return
         peak = None if b is None else b.amax(-1)
         if b is not None and peak is not None:
             k = k * torch.exp2(b - peak[..., None])[:, :, None, :, None]
         sums = k.flatten(2, 3).mT @ v.flatten(2, 3)
-        self.add(sums, peak, None if segment is None else segment[:, -1])
+        self.add(sums, peak, None)
 
     def turned(self, columns: int) -> Carry:
         """The same of keys and values exchanged, the first `columns` of the values alone."""
@@ -135,8 +135,7 @@ class Past:
 def _in_chunks(x: Tensor) -> Tensor:
     """(B, H, G, N, M) -> (B H chunks, G size, M)."""
     size = min(CHUNK, x.shape[3])
-    x = x.unflatten(3, (x.shape[3] // size, size)).movedim(3, 2)
-    return x.reshape(-1, x.shape[3] * size, x.shape[5])
+    return x.unflatten(3, (x.shape[3] // size, size)).movedim(3, 2).flatten(3, 4).flatten(0, 2)
 
 
 def _scales_in_chunks(x: Tensor | None) -> Tensor | None:
@@ -189,7 +188,7 @@ def rows_of_block(
     y = workspace.product(pairs, vc, "rows")
     states, weights = past.states.flatten(0, 2), past.weights
     size = qc.shape[1] // groups
-    by_chunk = (batch, heads, -1 if len(qc) else 0, groups, size, y.shape[2])
+    by_chunk = (batch, heads, length // size, groups, size, y.shape[2])
     if weights is not None and qc.shape[2] > y.shape[2]:
         read = workspace.product(qc, states, "read").view(by_chunk)
         y += read.mul_(weights[:, :, :, None, :, None]).view(y.shape)
@@ -268,20 +267,18 @@ def _weighted(
 
 def _plain_states(sums: Tensor, reverse: bool, carry: Carry, workspace: Workspace) -> Tensor:
     """Without scales and segments: running sums of `sums` over the chunks, each without its own."""
-    batch, heads, chunks, *sizes = sums.shape
-    ends = workspace.take("states", batch, heads, chunks + 1, *sizes, dtype=sums.dtype).unbind(2)
-    if reverse:
-        ends = ends[::-1]
-    order = range(chunks - 1, -1, -1) if reverse else range(chunks)
+    states = workspace.take("states", *sums.shape, dtype=sums.dtype)
+    last = torch.empty_like(sums[:, :, 0])
+    ends = [*(reversed(states.unbind(2)) if reverse else states.unbind(2)), last]
     if carry.kv is None:
         ends[0].zero_()
     else:
         ends[0].copy_(carry.kv)
-    for number, chunk in enumerate(order):
-        torch.add(ends[number], sums[:, :, chunk], out=ends[number + 1])
-    carry.kv = ends[-1].clone()
-    states = workspace.take("states", batch, heads, chunks + 1, *sizes, dtype=sums.dtype)
-    return states[:, :, 1:] if reverse else states[:, :, :-1]
+    in_order = reversed(sums.unbind(2)) if reverse else sums.unbind(2)
+    for number, own in enumerate(in_order):
+        torch.add(ends[number], own, out=ends[number + 1])
+    carry.kv = last
+    return states
 
 
 def _states(

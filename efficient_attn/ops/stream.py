@@ -154,7 +154,7 @@ def forward(
     with full_precision(q.device):
         for columns in s.past_keys():
             _, phi_k, b = s.keys(columns)
-            carry.absorb(phi_k.values, s.values(columns), b, None)
+            carry.absorb(phi_k.values, s.values(columns), b)
         for rows, columns in s.beside():
             _, phi_k, b = s.keys(columns)
             segments = s.segments(columns)
@@ -224,7 +224,7 @@ def _gradient_of_queries(
     carry = Carry()
     for columns in s.past_keys():
         _, phi_k, b = s.keys(columns)
-        carry.absorb(s.values(columns), phi_k.values, b, None)
+        carry.absorb(s.values(columns), phi_k.values, b)
     for rows, columns in s.beside():
         _, phi_k, b = s.keys(columns)
         segments = s.segments(columns)
@@ -255,7 +255,7 @@ def _gradients_of_keys(
     later, other_workspace = Carry(), Workspace(s.q.device)
     for rows in s.late_queries():
         gradient, phi_q, a = of_rows(rows)
-        later.absorb(gradient, phi_q, a, None)
+        later.absorb(gradient, phi_q, a)
     for rows, columns in s.beside(reverse=True):
         gradient, phi_q, a = of_rows(rows)
         x, phi_k, b = s.keys(columns)

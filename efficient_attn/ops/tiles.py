@@ -89,23 +89,14 @@ class Walk:
         batch, heads = self.k.shape[:2]
         shared = self.q.shape[1] // heads
         for group in self._groups:
-            cap = self.cap(group.tiles[:1], dtype) if group.hides_alike else None
-            one = shared * group.tiles[0].num_rows * group.tiles[0].num_keys
+            tile = group.tiles[0]
+            cap = None if tile.mask is None else _bound(~tile.allowed(self.k.device), dtype)
+            one = shared * tile.num_rows * tile.num_keys
             for part in _slabs(batch, heads, max(1, BATCH_SCORES // one)):
                 in_part = len(range(*part[0].indices(batch))) * len(range(*part[1].indices(heads)))
                 size = max(1, BATCH_SCORES // max(1, one * in_part))
                 for first in range(0, len(group.tiles), size):
                     yield Batch(self, group, slice(first, first + size), part, cap)
-
-    def cap(self, tiles: Sequence[Tile], dtype: torch.dtype) -> Tensor | None:
-        """What bounds the scores of the partial keys: infinity, or -infinity for hidden pairs (t, r, keys)."""
-        if not tiles[0].partial:
-            return None
-        assert tiles[0].mask is not None
-        device = self.k.device
-        rows = torch.stack([_positions((tile.rows,), device) for tile in tiles])
-        keys = torch.stack([_positions(tile.partial, device) for tile in tiles])
-        return _bound(~tiles[0].mask.allows(rows[:, :, None], keys[:, None, :]), dtype)
 
 
 def _bound(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,11 +104,6 @@ def _bound(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full(hidden.shape, torch.inf, dtype=dtype, device=hidden.device).masked_fill_(
         hidden, -torch.inf
     )
-
-
-def _positions(slices: Sequence[slice], device: torch.device) -> Tensor:
-    parts = [torch.arange(s.start, s.stop, s.step, device=device) for s in slices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _slabs(batch: int, heads: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -262,10 +248,9 @@ class Batch:
         scores = self.walk.workspace.product(queries, keys.mT, "scores").unflatten(1, (-1, rows))
         heads = len(range(*self.slab[1].indices(self.walk.k.shape[1])))
         scores = scores.unflatten(0, (-1, heads, tiles))
-        cap = self.cap if self.group.hides_alike else self.walk.cap(self.tiles, scores.dtype)
-        if cap is not None:
-            partial = scores[..., -cap.shape[-1] :]
-            torch.minimum(partial, cap[:, None], out=partial)
+        if self.cap is not None:
+            partial = scores[..., -self.cap.shape[-1] :]
+            torch.minimum(partial, self.cap, out=partial)
         across = self._across_segments()
         return scores if across is None else torch.minimum(scores, _bound(across, scores.dtype), out=scores)
 

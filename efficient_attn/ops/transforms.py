@@ -23,6 +23,8 @@ def transformable(op: Any, save: Callable[..., None], backward: Callable[..., An
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
+        if any(name == "seed" and isinstance(x, Tensor) for name, x in zip(names, args, strict=True)):
+            return _one_by_one(call, in_dims, args, size)
         folded = [_fold(*each, size) for each in zip(names, args, in_dims, strict=True)]
         out, batch = call(*folded), folded[0].shape[0] // size
         if isinstance(out, Tensor):
@@ -41,6 +43,16 @@ def transformable(op: Any, save: Callable[..., None], backward: Callable[..., An
         {name: staticmethod(method) for name, method in methods.items()},
     )
     return call
+
+
+def _one_by_one(call: Callable[..., Any], in_dims: tuple[int | None, ...], args: Any, size: int) -> Any:
+    """Samples in a loop: what each of them draws must not depend on how many there are beside it."""
+    results = [
+        call(*(x if dim is None else x.select(dim, number) for x, dim in zip(args, in_dims, strict=True)))
+        for number in range(size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
 
 
 def _fold(name: str, x: Any, dim: int | None, size: int) -> Any:
