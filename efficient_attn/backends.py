@@ -15,13 +15,15 @@ class BackendError(RuntimeError):
 class Backend:
     """One implementation: `refuse` lists why it cannot run a problem, `run` runs one it did not refuse.
 
-    `by_name_only` keeps an implementation whose cost exceeds the declared one out of "auto".
+    `by_name_only` keeps an implementation whose cost exceeds the declared one out of "auto". `portable` says that
+    it runs wherever torch does: costs that name no backend are those of the first such one.
     """
 
     name: str
     run: Callable[[Any], Any]
     refuse: Callable[[Any], list[str]]
     by_name_only: bool = False
+    portable: bool = True
 
 
 def check_backend(requested: str, backends: Sequence[Backend]) -> str:

@@ -199,7 +199,7 @@ class Mechanism(Loadable, ABC):
         )
 
     def _default_backend(self) -> str:
-        return self.backends[0].name
+        return next(backend.name for backend in self.backends if backend.portable)
 
     def explain(
         self,

@@ -46,9 +46,6 @@ class FlashAttention(SoftmaxMechanism):
     ) -> None:
         super().__init__(Everything(), is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
 
-    def _default_backend(self) -> str:
-        return "blocked"
-
     def exact_limit(self, seq_len: int) -> Mechanism | None:
         return type(self)(is_causal=self.is_causal, scale=self.scale, backend=self.backend)
 

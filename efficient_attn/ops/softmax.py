@@ -203,17 +203,26 @@ BLOCKED = Backend("blocked", blocked, _refuse_bias)
 FULL_BACKENDS = (Backend("sdpa", sdpa, _never), REFERENCE)
 PATTERN_BACKENDS = (BLOCKED, REFERENCE)
 FLASH_BACKENDS = (
-    Backend("sdpa_cudnn", _sdpa_only(SDPBackend.CUDNN_ATTENTION), _refuse_sdpa("cudnn", ("cuda",), _HALF)),
     Backend(
-        "sdpa_flash", _sdpa_only(SDPBackend.FLASH_ATTENTION), _refuse_sdpa("flash", ("cuda", "cpu"), _HALF)
+        "sdpa_cudnn",
+        _sdpa_only(SDPBackend.CUDNN_ATTENTION),
+        _refuse_sdpa("cudnn", ("cuda",), _HALF),
+        portable=False,
+    ),
+    Backend(
+        "sdpa_flash",
+        _sdpa_only(SDPBackend.FLASH_ATTENTION),
+        _refuse_sdpa("flash", ("cuda", "cpu"), _HALF),
+        portable=False,
     ),
     Backend(
         "sdpa_efficient",
         _sdpa_only(SDPBackend.EFFICIENT_ATTENTION),
         _refuse_sdpa("efficient", ("cuda",), (*_HALF, torch.float32)),
+        portable=False,
     ),
-    Backend("xformers", _xformers, _refuse_package("xformers")),
-    Backend("flash_attn", _flash_attn, _refuse_package("flash_attn")),
+    Backend("xformers", _xformers, _refuse_package("xformers"), portable=False),
+    Backend("flash_attn", _flash_attn, _refuse_package("flash_attn"), portable=False),
     BLOCKED,
     REFERENCE,
 )

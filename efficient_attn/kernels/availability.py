@@ -1,0 +1,46 @@
+"""Where the kernels run, and in words why not elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import torch
+
+OLDEST = (8, 0)
+"""The compute capability from which the kernels are compiled and screened: Ampere."""
+
+MAX_HEAD_DIM = 256
+
+
+def interpreted() -> bool:
+    """Whether Triton, if anybody has imported it, runs kernels in its interpreter, on CPU tensors."""
+    triton = sys.modules.get("triton")
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def refusals(device: torch.device, dtype: torch.dtype, *head_dims: int) -> list[str]:
+    """Why the kernels cannot run on tensors of this device, dtype and these head sizes; empty if they can."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if interpreted():
+        if dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter computes bfloat16 wrongly")
+        if device.type != "cpu":
+            reasons.append(
+                f"Triton's interpreter is on (TRITON_INTERPRET), which takes cpu tensors, not {device.type}"
+            )
+    elif device.type != "cuda":
+        reasons.append(f"runs on NVIDIA GPUs, not {device.type}")
+    elif torch.version.hip is not None:
+        reasons.append("runs on NVIDIA GPUs, not AMD's: not tried under ROCm")
+    elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
+        reasons.append(f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
+    elif dtype == torch.float64:
+        reasons.append("does not take torch.float64")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        reasons.append(f"does not take {dtype}")
+    if (largest := max(head_dims, default=0)) > MAX_HEAD_DIM:
+        reasons.append(f"takes head sizes up to {MAX_HEAD_DIM}, not {largest}")
+    return reasons
