@@ -154,6 +154,17 @@ DROPOUT = (
         "the backward pass draws its dropout in another order",
     ),
     mutant("/ (1 - dropout_p)", "/ 1", "what is kept is not scaled up"),
+    mutant(
+        "generator=generator, dtype=torch.float32, device",
+        "generator=generator, device",
+        "dropout is drawn in torch's default dtype",
+    ),
+    Mutant(
+        "ops/transforms.py",
+        'if any(name == "seed" and isinstance(x, Tensor)',
+        'if False and any(name == "seed" and isinstance(x, Tensor)',
+        "under vmap the backward pass draws another dropout",
+    ),
     mutant("(draw >= dropout_p)", "(draw < dropout_p)", "the share that is kept is the share to drop"),
     Mutant(
         "mechanisms/families.py",
@@ -182,6 +193,7 @@ DROPPING = Subject(
     tests=("tests/ops/test_small_budgets.py::test_dropout_is_the_same_in_the_backward_pass",),
     mechanisms=("sliding_window",),
     first=("dropout_is_dropout", "dropout_keeps_its_share"),
+    others=("tests/test_regressions.py",),
 )
 
 OFFSETS = Subject(

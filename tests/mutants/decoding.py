@@ -15,14 +15,14 @@ GROWING = (
     ),
     Mutant(
         STATE,
-        "buffer.data_ptr() == past.data_ptr() and self._filled == past.shape[dim]",
-        "buffer.data_ptr() == past.data_ptr()",
+        "past is not self._newest",
+        "past.data_ptr() != buffer.data_ptr()",
         "a second step from one state overwrites the tokens of the first",
     ),
     Mutant(
         STATE,
-        "buffer.data_ptr() == past.data_ptr() and self._filled == past.shape[dim]",
-        "self._filled == past.shape[dim]",
+        "past is not self._newest",
+        "past.shape != self._newest.shape",
         "a state goes on in the buffer of its branch",
     ),
     Mutant(
@@ -32,21 +32,21 @@ GROWING = (
         "a buffer that is too small forgets what it held",
     ),
     Mutant(
-        STATE,
-        "return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)",
-        "return False",
+        FAMILIES,
+        "in_place=not recorded",
+        "in_place=True",
         "steps that want gradients write over what autograd has saved",
     ),
     Mutant(
-        STATE,
-        "any(x.requires_grad for x in tensors)",
-        "all(x.requires_grad for x in tensors)",
+        FAMILIES,
+        "any(x.requires_grad for x in (q, k, v, state.k, state.v))",
+        "all(x.requires_grad for x in (q, k, v))",
         "the gradient of the first token of a decoded sequence is lost",
     ),
     Mutant(
         STATE,
-        "writable = torch.is_inference_mode_enabled() or not buffer.is_inference()",
-        "writable = True",
+        "return torch.is_inference_mode_enabled() or not buffer.is_inference()",
+        "return True",
         "a state made in inference mode cannot go on outside of it",
     ),
     Mutant(
@@ -141,7 +141,7 @@ BYTES = (
     ),
 )
 
-ROOM = Subject("room for tokens", GROWING, tests=("tests/test_states.py",))
+ROOM = Subject("room for tokens", GROWING, tests=("tests/test_states.py", "tests/test_regressions.py"))
 
 SUBJECT = Subject(
     "decoding",

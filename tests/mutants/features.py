@@ -211,6 +211,11 @@ FAVOR = (
     ),
     mutant("(torch.cat(blocks)[:rows] * norms)", "torch.cat(blocks)[:rows]", "all features have norm one"),
     mutant(
+        "return None if isinstance(phi, Favor) and phi.projection.requires_grad else phi.name",
+        "return phi.name",
+        "a learnt projection gets no gradient",
+    ),
+    mutant(
         "norms = gaussian(rows, columns).norm(dim=1, keepdim=True)",
         "norms = gaussian(rows, 1).abs() * columns**0.5",
         "norms of one Gaussian number, not of a vector",

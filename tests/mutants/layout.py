@@ -80,14 +80,34 @@ GROUPS = (
         "parts are merged before there is anything to merge them with",
     ),
     mutant(
-        "    if tile.mask is not None and not tile.mask.stationary:\n        return None\n",
-        "",
+        "if tile.mask.stationary:",
+        "if True:",
         "tiles of equal shape are said to hide the same pairs wherever they stand",
     ),
     mutant(
-        "tuple((s.start - tile.rows.start, _length(s), s.step) for s in tile.partial)",
-        "tuple((0, _length(s), s.step) for s in tile.partial)",
+        "*((s.start - tile.rows.start, _length(s), s.step) for s in tile.partial)",
+        "*((0, _length(s), s.step) for s in tile.partial)",
         "tiles whose partial keys lie elsewhere are said to hide the same pairs",
+    ),
+    mutant(
+        "return tile.mask, *((s.start",
+        "return 0, *((s.start",
+        "tiles under two masks are said to hide the same pairs",
+    ),
+    mutant(
+        "(bits << torch.arange(62)).sum(1).tolist()",
+        "bits.sum(1).tolist()",
+        "tiles that hide as many pairs are said to hide the same ones",
+    ),
+    mutant(
+        "F.pad(allowed, (0, -len(allowed) % 62)).unflatten",
+        "allowed[: len(allowed) // 62 * 62].unflatten",
+        "tiles that differ in their last pairs are said to hide the same ones",
+    ),
+    mutant(
+        "alike = all(run.width == width and all(s.step == 1 for s in run.slices) for run in runs)",
+        "alike = all(run.width == width for run in runs)",
+        "strided slices are read as blocks",
     ),
     mutant(
         "aligned = all(start % width == 0 for run in starts for start in run)",
@@ -145,7 +165,10 @@ SUBJECT = Subject(
     tests=("tests/ops/test_small_budgets.py::test_tiles",),
     mechanisms=("sliding_window", "longformer", "bigbird", "sparse_transformer"),
     first=("matrix_is_the_paper", "equals_its_matrix"),
-    others=("tests/test_masks.py::test_tiles_hold_every_pair_exactly_once",),
+    others=(
+        "tests/test_regressions.py::test_tiles_of_one_shape_under_different_masks_stay_apart",
+        "tests/test_masks.py::test_tiles_hold_every_pair_exactly_once",
+    ),
 )
 
 BLOCK_LAYOUT = Subject(

@@ -118,8 +118,8 @@ STREAMED = (
     ),
     Mutant(
         STREAM,
-        "later.absorb(gradient, phi_q, a, None)",
-        "later.absorb(gradient, phi_q, None, None)",
+        "later.absorb(gradient, phi_q, a)",
+        "later.absorb(gradient, phi_q, None)",
         "late queries enter the gradient of keys without their exponents",
     ),
     Mutant(

@@ -79,8 +79,8 @@ CHUNKS = (
     ),
     mutant('qc, states, "read")', 'qc, states, "rows")', "what is read is written over the chunk's own sums"),
     mutant(
-        'workspace.take("states", *sums.shape',
-        'workspace.take("sums", *sums.shape',
+        'states = workspace.take("states", *sums.shape, dtype=sums.dtype)\n    weights',
+        'states = workspace.take("sums", *sums.shape, dtype=sums.dtype)\n    weights',
         "the states are written over the sums they come from",
     ),
 )

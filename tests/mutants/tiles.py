@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant, Subject
 
 FILE = "ops/tiles.py"
+LAYOUT = "masks/layout.py"
 
 
 def mutant(before: str, after: str, why: str, survives: str = "") -> Mutant:
@@ -109,33 +110,30 @@ KEYS = (
 
 HIDDEN = (
     mutant(
-        "_bound(~tiles[0].mask.allows(rows[:, :, None], keys[:, None, :]), dtype)",
-        "_bound(tiles[0].mask.allows(rows[:, :, None], keys[:, None, :]), dtype)",
+        "_bound(~tile.allowed(self.k.device), dtype)",
+        "_bound(tile.allowed(self.k.device), dtype)",
         "partial keys: what is allowed is hidden",
     ),
-    mutant(
-        "torch.stack([_positions(tile.partial, device) for tile in tiles])",
-        "torch.stack([_positions(tile.keys, device)[: tile.num_partial] for tile in tiles])",
+    Mutant(
+        LAYOUT,
+        "_positions((self.rows,), device), _positions(self.partial, device)",
+        "_positions((self.rows,), device), _positions(self.keys, device)[: self.num_partial]",
         "the predicate is asked about the first keys of a tile, not the partial ones",
     ),
-    mutant(
+    Mutant(
+        LAYOUT,
         "torch.arange(s.start, s.stop, s.step, device=device)",
         "torch.arange(s.start, s.start + len(range(s.start, s.stop, s.step)), device=device)",
         "the predicate is asked about strided keys as if they followed each other",
     ),
     mutant(
-        "cap = self.cap if self.group.hides_alike else self.walk.cap(self.tiles, scores.dtype)",
-        "cap = self.walk.cap(self.tiles[:1], scores.dtype)",
-        "all tiles of a batch hide what its first hides",
-    ),
-    mutant(
-        "cap = self.cap if self.group.hides_alike else self.walk.cap(self.tiles, scores.dtype)",
-        "cap = self.cap",
+        "cap = None if tile.mask is None else",
+        "cap = None if tile.mask is None or not tile.mask.stationary else",
         "tiles that hide pairs of their own hide none",
     ),
     mutant(
-        "partial = scores[..., -cap.shape[-1] :]",
-        "partial = scores[..., : cap.shape[-1]]",
+        "partial = scores[..., -self.cap.shape[-1] :]",
+        "partial = scores[..., : self.cap.shape[-1]]",
         "the bound is put on the first columns, the partial keys are the last",
     ),
     mutant(
