@@ -256,9 +256,9 @@ PATTERNED = (
         "the constructor drops the backend",
     ),
     Mutant(
-        FLASH,
-        'return "blocked"',
-        'return "sdpa_flash"',
+        "mechanisms/base.py",
+        "for backend in self.backends if backend.portable)",
+        "for backend in self.backends)",
         "the cost of a kernel that cannot run here is declared",
     ),
 )
