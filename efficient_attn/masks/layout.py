@@ -132,7 +132,7 @@ class _Bands:
         return _union(self.inner_low[index], self.inner_up[index])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def plan(mask: Mask, start: int, stop: int, num_keys: int, rows: int, keys: int) -> tuple[Tile, ...]:
     """Tiles of at most `rows` x `keys` that hold every allowed pair of the queries [start, stop) exactly once."""
     result = []
@@ -204,7 +204,7 @@ def _cut(slices: Sequence[slice], edges: Sequence[int]) -> Iterator[slice]:
             start = piece.stop
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def tile_groups(
     mask: Mask, start: int, stop: int, num_keys: int, rows: int, keys: int
 ) -> tuple[TileGroup, ...]:

@@ -220,8 +220,8 @@ def _pairs(
         row, column = (b, a) if turned else (a, b)
         # Hidden pairs may exceed every bound: clamp them, they are zeroed below.
         scale = torch.exp2((row[..., :, None] + column[..., None, :]).clamp_(max=0))
-        copies = pairs.shape[1] // size
-        pairs.view(*scale.shape[:3], copies, size, size).mul_(scale[:, :, :, None])
+        rows = pairs.shape[1] // size
+        pairs.view(*scale.shape[:3], rows, size, size).mul_(scale[:, :, :, None])
     (squares.triu_ if reverse != turned else squares.tril_)()
     if segment is not None:
         across = (segment[..., :, None] != segment[..., None, :])[:, None, :, None]
