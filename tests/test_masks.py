@@ -175,6 +175,16 @@ def test_pair_counts_at_a_million_tokens_are_closed_forms():
     ) * blocks // 2
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_global_positions_are_a_set(few: bool):
+    """In any order, given once or twice: few runs are compared one by one, many are searched for."""
+    positions = (9, 2, 9, 3) if few else (31, 9, 40, 3, 17, 3, 0, 22, 12, 26, 35, 6)
+    expected = {(i, j) for i in range(45) for j in range(45) if i in positions or j in positions}
+    assert len(GlobalTokens.at(positions).runs) == (4 if few else 22)
+    dense = GlobalTokens.at(positions).dense(45, 45)
+    assert {(int(i), int(j)) for i, j in dense.nonzero()} == expected
+
+
 def test_random_blocks_are_distinct_uniform_and_pure():
     blocks = torch.arange(4096)
     drawn = random_blocks(blocks, count=3, seed=7, num_choices=64)
