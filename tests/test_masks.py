@@ -54,6 +54,7 @@ MASKS = {
     "strided_and_causal_window": Strided(5) & (Window(11) & Causal()),
     "strided_and_union": Strided(4) & (Window(11) | Window(2)),
     "drawn_first": RandomBlocks(4, 2, 1, False) | Window(3),
+    "earlier_blocks": RandomBlocks(4, 3, 1, True),
     "global_twice": Window(2) | GlobalTokens.at((9, 2, 9, 3)),
 }
 SHAPES = [
