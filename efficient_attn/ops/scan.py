@@ -49,7 +49,8 @@ class Carry:
         else:
             before = self.exponent if same is None else torch.where(same, self.exponent, -torch.inf)
             joint = torch.maximum(before, exponent)
-            self.kv = _scaled(self.kv, before - joint) + _scaled(kv, exponent - joint)
+            scale = torch.exp2(exponent - joint)[..., None, None]
+            self.kv = _scaled(self.kv, before - joint).addcmul_(kv, scale)
             exponent = joint
         self.exponent, self.segment = exponent, segment
 
@@ -157,11 +158,11 @@ def pass_by(
     batch, heads, copies = k.shape[:3]
     kc, vc = _in_chunks(k), _in_chunks(v)
     ac, bc, sc = _scales_in_chunks(a), _scales_in_chunks(b), _scales_in_chunks(segment)
-    peak = None
-    if bc is not None:
-        kc, peak = _weighted(kc, bc, sc, copies, reverse)
-    else:
-        kc = _same_segment(kc, sc, copies, reverse)
+    taken, peak = _carried(bc, sc, reverse)
+    if taken is not None and vc.shape[2] < kc.shape[2]:
+        vc = _times(vc, taken, copies)
+    elif taken is not None:
+        kc = _times(kc, taken, copies)
     chunks = len(kc) // (batch * heads)
     sums = workspace.product(kc.mT, vc, "sums").view(batch, heads, chunks, kc.shape[2], vc.shape[2])
     if peak is None and sc is None:
@@ -238,12 +239,18 @@ def _last(x: Tensor, reverse: bool) -> Tensor:
     return x[..., 0] if reverse else x[..., -1]
 
 
-def _same_segment(k: Tensor, segment: Tensor | None, copies: int, reverse: bool) -> Tensor:
-    """k (B H chunks, G' size, M) without the keys of segments that end inside their chunk."""
-    if segment is None:
-        return k
-    keep = segment == _last(segment, reverse)[..., None]
-    return _times(k, keep[:, None].to(k.dtype), copies)
+def _carried(b: Tensor | None, segment: Tensor | None, reverse: bool) -> tuple[Tensor | None, Tensor | None]:
+    """How much of its keys a chunk passes on, (B, H or 1, chunks, size): 2^(b - peak), none of segments that ended.
+
+    With the peak (B, H, chunks); what is absent is None.
+    """
+    keep = None if segment is None else (segment == _last(segment, reverse)[..., None])[:, None]
+    if b is None:
+        return keep, None
+    if keep is not None:
+        b = torch.where(keep, b, -torch.inf)
+    peak = b.amax(-1)
+    return torch.exp2(b - peak[..., None]), peak
 
 
 def _times(k: Tensor, weights: Tensor, copies: int) -> Tensor:
@@ -252,17 +259,6 @@ def _times(k: Tensor, weights: Tensor, copies: int) -> Tensor:
     return (k.view(batch, -1, chunks, copies, size, k.shape[2]) * weights[:, :, :, None, :, None]).view(
         k.shape
     )
-
-
-def _weighted(
-    k: Tensor, b: Tensor, segment: Tensor | None, copies: int, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """k times 2^(b - peak), and the peak (B, H, chunks) of each chunk's last segment."""
-    if segment is not None:
-        keep = segment == _last(segment, reverse)[..., None]
-        b = torch.where(keep[:, None], b, -torch.inf)
-    peak = b.amax(-1)
-    return _times(k, torch.exp2(b - peak[..., None]), copies), peak
 
 
 def _plain_states(sums: Tensor, reverse: bool, carry: Carry, workspace: Workspace) -> Tensor:

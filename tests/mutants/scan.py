@@ -112,19 +112,24 @@ INSIDE = (
         "a reverse scan leaves a chunk at its end",
     ),
     mutant(
-        "    if segment is None:\n        return k\n    keep",
-        "    if True:\n        return k\n    keep",
+        "    if b is None:\n        return keep, None",
+        "    if b is None:\n        return None, None",
         "segments that ended in a chunk are carried on",
     ),
     mutant(
-        "        b = torch.where(keep[:, None], b, -torch.inf)\n",
-        "",
+        "        b = torch.where(keep, b, -torch.inf)\n",
+        "        pass\n",
         "with exponents, segments that ended in a chunk are carried on",
     ),
     mutant(
-        "return _times(k, torch.exp2(b - peak[..., None]), copies), peak",
-        "return _times(k, torch.exp2(b), copies), peak",
+        "return torch.exp2(b - peak[..., None]), peak",
+        "return torch.exp2(b), peak",
         "a chunk's state is not in units of its peak",
+    ),
+    mutant(
+        "        vc = _times(vc, taken, copies)\n",
+        "        pass\n",
+        "where values are the narrower side, a chunk's state takes all of its keys in full",
     ),
     mutant(
         "now = None if segment is None else _last(segment[:, c], reverse)",
