@@ -19,7 +19,6 @@ from efficient_attn import (
     SparseTransformerAttention,
 )
 from efficient_attn.masks import Causal, Everything
-from efficient_attn.mechanisms import SoftmaxMechanism
 
 Build = Callable[[int, int, int], Mechanism]
 """From length, heads and head size."""
@@ -70,7 +69,11 @@ def is_subquadratic(name: str) -> bool:
     return not any("L**2" in formula for formula in (declared.time, declared.memory))
 
 
-def has_pattern(name: str) -> bool:
-    """Whether a dense mask makes SDPA compute the same."""
-    mechanism = SUBJECTS[name](*_TRIAL)
-    return isinstance(mechanism, SoftmaxMechanism) and mechanism.mask not in (Everything(), Causal())
+def has_mask(name: str) -> bool:
+    """Whether SDPA needs a mask, a dense one or causality's, to let each query see the same keys."""
+    return getattr(SUBJECTS[name](*_TRIAL), "mask", Everything()) != Everything()
+
+
+def is_causal_alone(name: str) -> bool:
+    """Whether causality is all of the mask."""
+    return getattr(SUBJECTS[name](*_TRIAL), "mask", None) == Causal()

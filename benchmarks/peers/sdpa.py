@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness.worker import Unsupported
 from efficient_attn import FullAttention
-from efficient_attn.mechanisms import SoftmaxMechanism
+from efficient_attn.mechanisms import LinearMechanism, SoftmaxMechanism
 
 from .contender import Contender, Race
 
@@ -29,7 +29,7 @@ def sdpa(race: Race) -> Contender:
 
 
 def masked_sdpa(race: Race) -> Contender:
-    """The mechanism's pattern as a dense bool mask."""
+    """The mechanism's pattern, or the causality of one without, as a dense bool mask."""
     return _masked(race, _dense_mask(race))
 
 
@@ -46,12 +46,14 @@ def _masked(race: Race, mask: Tensor) -> Contender:
     def forward() -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return Contender(forward, race.inputs, race.mechanism)
+    ours = race.mechanism
+    same = isinstance(ours, SoftmaxMechanism)
+    return Contender(forward, race.inputs, ours if same else FullAttention(is_causal=ours.is_causal))
 
 
 def _dense_mask(race: Race, rows_at_once: int = 512) -> Tensor:
     """By strips: the predicate works in int64, and would need 2 GiB a step for all of 16,384 tokens."""
-    if not isinstance(race.mechanism, SoftmaxMechanism):
+    if not isinstance(race.mechanism, (SoftmaxMechanism, LinearMechanism)):
         raise Unsupported(f"{type(race.mechanism).__name__} has no mask to give to SDPA")
     n, device = race.cell.length, race.q.device
     strips = [

@@ -36,7 +36,8 @@ W, L, B = "window 256, causal", "linear, causal", "bigbird b64"
         ("full", "full", FORWARD, 128, "SDPA", 0.95),
         ("full", "full, causal", FORWARD, 4096, "SDPA", 0.95),
         ("every", B, FORWARD, 1024, "masked SDPA", 1 / 1.3),
-        ("every", L, TRAINING, 1024, "SDPA", 1 / 1.3),
+        ("every", L, TRAINING, 1024, "masked SDPA", 1 / 1.3),
+        ("every", "linear", FORWARD, 1024, "SDPA", 1 / 1.3),
     ],
 )
 def test_a_promised_comparison_is_planned_with_its_target(
