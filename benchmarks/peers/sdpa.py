@@ -59,7 +59,6 @@ def _dense_mask(race: Race, rows_at_once: int = 512) -> Tensor:
         raise Unsupported(f"{type(race.mechanism).__name__} has no mask to give to SDPA")
     n, device = race.cell.length, race.q.device
     strips = [
-        mask.dense(min(rows_at_once, n - start), n, start, device)
-        for start in range(0, n, rows_at_once)
+        mask.dense(min(rows_at_once, n - start), n, start, device) for start in range(0, n, rows_at_once)
     ]
     return torch.cat(strips)
