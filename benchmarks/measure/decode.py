@@ -78,7 +78,8 @@ def _stepping(mechanism: Mechanism, state: State, token: tuple[Tensor, ...]) -> 
     q, k, v = token
 
     def sample() -> float:
-        current = state.clone()
+        # The first token after a clone copies a state that grows into a buffer with room for more.
+        _, current = mechanism.step(q, k, v, state.clone())
         began = time.perf_counter()
         for _ in range(STEPS):
             _, current = mechanism.step(q, k, v, current)
