@@ -23,6 +23,7 @@ from efficient_attn.masks import (
     plan,
     random_blocks,
     segment_ids_from_cu_seqlens,
+    tile_groups,
 )
 
 
@@ -154,6 +155,14 @@ def test_tile_plans_are_subquadratic(mask):
     # A stride of 5 is a constant share of all pairs, so compare each plan with the pairs themselves.
     n = 1024
     assert covered(n) <= 2.5 * mask.pairs(n, n) + 64 * 3 * n
+
+
+@every_mask
+def test_batches_of_tiles_take_few_views(mask):
+    """Slices are cut until those of a group's tiles are equally long: not until each tile is cut where any other is."""
+    groups = tile_groups(mask, 0, 1024, 1024, 64, 1024)
+    slices = sum(len(tile.keys) for group in groups for tile in group.tiles)
+    assert sum(len(run.slices) for group in groups for run in group.key_runs) <= 3 * slices
 
 
 @every_mask

@@ -263,12 +263,10 @@ class Fixed(Mask):
         return list(range((start // self.stride + 1) * self.stride, stop, self.stride))
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
-        """The own block as one slice, the summaries as `summary` strided slices on each side of it."""
+        """The summaries of all blocks as `summary` strided slices, the same for every tile; the rest of the own block."""
+        first = self.stride - self.summary
+        summaries = [slice(at, num_keys, self.stride) for at in range(first, self.stride)]
         for low, up in row_ranges(start, stop, size, self.cuts(start, stop)):
             own = low // self.stride * self.stride
-            own_low, own_up = max(0, min(own, num_keys)), max(0, min(own + self.stride, num_keys))
-            offsets = range(self.stride - self.summary, self.stride)
-            before = [slice(offset, own_low, self.stride) for offset in offsets]
-            after = [slice(own_up + offset, num_keys, self.stride) for offset in offsets]
-            keys = [*before, slice(own_low, own_up, 1), *after]
-            yield Tile(slice(low, up, 1), tuple(s for s in keys if s.start < s.stop), (), None)
+            rest = slice(max(0, own), min(own + first, num_keys), 1)
+            yield Tile(slice(low, up, 1), tuple(s for s in (*summaries, rest) if s.start < s.stop), (), None)

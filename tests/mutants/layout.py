@@ -171,6 +171,4 @@ SUBJECT = Subject(
     ),
 )
 
-BLOCK_LAYOUT = Subject(
-    "block layout", BLOCKS, tests=("tests/test_masks.py::test_every_view_is_the_predicate",)
-)
+BLOCK_LAYOUT = Subject("block layout", BLOCKS, tests=("tests/test_masks.py::test_block_layout_is_exact",))

@@ -242,7 +242,13 @@ COMPOSITION = (
 
 DOCUMENTS = (
     Mutant(LINEAR, "p.scale * p.q.shape[3] ** 0.5", "p.scale", "queries are scaled as for softmax"),
-    Mutant(LINEAR, "inside & p.key_mask", "p.key_mask", "with a key_mask, tokens of no document are keys"),
+    Mutant(
+        LINEAR,
+        "inside & p.key_mask",
+        "p.key_mask",
+        "with a key_mask, tokens of no document are keys",
+        survives="they are a segment of their own, and its rows are zeroed: nobody else sees them",
+    ),
     Mutant(
         LINEAR,
         "valid = None if valid is None else valid.gather(1, packing.order)",

@@ -302,23 +302,23 @@ FIXED = (
         "tiles straddle two blocks and take the first for their own",
     ),
     mutant(
-        "own_low, own_up = max(0, min(own, num_keys)), max(0, min(own + self.stride, num_keys))",
-        "own_low, own_up = max(0, min(own, num_keys)), max(0, own + self.stride)",
+        "rest = slice(max(0, own), min(own + first, num_keys), 1)",
+        "rest = slice(max(0, own), own + first, 1)",
         "the last own block runs past the last key",
     ),
     mutant(
-        "offsets = range(self.stride - self.summary, self.stride)",
-        "offsets = range(self.summary)",
+        "for at in range(first, self.stride)]",
+        "for at in range(self.summary)]",
         "the tiles hold the first keys of each block",
     ),
     mutant(
-        "keys = [*before, slice(own_low, own_up, 1), *after]",
-        "keys = [*before, slice(own_low, own_up, 1)]",
-        "the tiles hold no later summaries",
+        "summaries = [slice(at, num_keys, self.stride) for",
+        "summaries = [slice(at, stop, self.stride) for",
+        "the tiles hold no summaries after the last query",
     ),
     mutant(
-        "before = [slice(offset, own_low, self.stride) for offset in offsets]",
-        "before = [slice(offset, own_up, self.stride) for offset in offsets]",
+        "rest = slice(max(0, own), min(own + first, num_keys), 1)",
+        "rest = slice(max(0, own), min(own + self.stride, num_keys), 1)",
         "the own block's summary is visited twice",
     ),
 )

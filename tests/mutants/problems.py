@@ -172,6 +172,7 @@ COUNTED = Subject(
     first=(
         "model_flops_are_the_pairs_of_the_matrix",
         "hardware_flops_are_counted",
+        "decoding_flops_are_counted",
         "training_flops_are_counted",
         "torch_flops_are_what_torch_counts",
         "saved_bytes_are_measured",

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...complexity import Shape
-from ...mechanisms import Mechanism, SoftmaxMechanism
+from ...mechanisms import LinearMechanism, Mechanism, SoftmaxMechanism
 from ...ops.costs import register_flop_formulas
 from ..counting import count, saved_bytes
 from ..sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, in_dtype, lengths, sample
@@ -76,6 +76,26 @@ def training_flops_are_counted(mechanism: Mechanism) -> int:
         expect(counted == declared, f"counted {counted}, declared {declared} at length {length}")
         again = m.cost(_shape(m, length, length, torch.float32), training=True).flops.recompute
         expect(again == 0, f"the mathematics computes nothing twice, declared {again} at length {length}")
+        cases += 1
+    return cases
+
+
+@law(lambda m: m.is_causal and isinstance(m, LinearMechanism))
+def decoding_flops_are_counted(mechanism: Mechanism) -> int:
+    """A step of one token, and of several, does the products of the basis "hardware", however many came before."""
+    cases = 0
+    m = in_dtype(mechanism, torch.float32)
+    m.backend = m._default_backend()
+    for tokens in (1, 5, 70):
+        q, k, v = sample(m, LENGTH + tokens, dtype=torch.float32)
+        state = m.init_state(len(k), k.shape[1], k.shape[3], v_head_dim=v.shape[3], dtype=torch.float32)
+        (q, new_q), (k, new_k), (v, new_v) = (x.split([LENGTH, tokens], 2) for x in (q, k, v))
+        _, state = m.step(q, k, v, state)
+        inputs = new_q, new_k, new_v, state
+        counted = count(lambda m=m, inputs=inputs: m.step(*inputs)).flops
+        shape = _shape(m, tokens, LENGTH + tokens, torch.float32)
+        declared = m.cost(shape, phase="decode", basis="hardware").flops.forward
+        expect(counted == declared, f"counted {counted}, declared {declared}: {tokens} tokens")
         cases += 1
     return cases
 

@@ -67,7 +67,7 @@ def some_queries_give_their_rows(mechanism: Mechanism) -> int:
         choices.append({"segment_ids": (torch.arange(LENGTH) // 11).expand(2, -1)})
     for masks in choices:
         whole, matrix = m(q, k, v, **masks), m.matrix(q, k, **masks)
-        for start, size in ((0, 6), (9, 8), (LENGTH - 5, 5), (LENGTH - 1, 1)):
+        for start, size in ((0, 6), (9, 8), (12, 1), (LENGTH - 5, 5), (LENGTH - 1, 1)):
             rows = slice(start, start + size)
             last = [None] if start + size == LENGTH else []
             for offset in (start, torch.tensor(start), *last):
