@@ -167,6 +167,7 @@ def test_explain_names_the_choice_and_every_refusal():
     ):
         assert f"  {name}: " in text
     assert "sdpa_flash: chosen" in text and "must be asked for by name" in text
+    assert "backend: sdpa_flash\n" in text and "blocked: could run, comes after sdpa_flash" in text
     uneven = FlashAttention().explain(q, q, torch.randn(1, 2, 8, 6))
     assert "blocked: chosen" in uneven and "head sizes of k and v differ (4 and 6)" in uneven
     mask = torch.ones(1, 8, dtype=torch.bool)

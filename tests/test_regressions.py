@@ -217,11 +217,16 @@ class Mine(SoftmaxMechanism):
 
 @pytest.mark.parametrize(
     "mask",
-    [Fixed(32, 1) | Strided(33) | Causal(), GlobalTokens.first(2) | Strided(33) | Window(65)],
-    ids=["fixed or strided or causal", "global or strided or window"],
+    [
+        Fixed(32, 1) | Strided(33) | Causal(),
+        GlobalTokens.first(2) | Strided(33) | Window(65),
+        Window(2) | Strided(1),  # with a band and one residue class of the same rows and keys
+    ],
+    ids=["fixed or strided or causal", "global or strided or window", "window or every stride"],
 )
-def test_tiles_of_one_shape_under_different_masks_stay_apart(mask: Mask):
-    q, k, v = torch.randn(3, 1, 1, 300, 8, dtype=torch.float64)
+@pytest.mark.parametrize("length", [40, 300])
+def test_tiles_of_one_shape_under_different_masks_stay_apart(mask: Mask, length: int):
+    q, k, v = torch.randn(3, 1, 1, length, 8, dtype=torch.float64)
     m = Mine(mask, is_causal=False)
     torch.testing.assert_close(m(q, k, v), m.matrix(q, k) @ v)
 

@@ -151,7 +151,10 @@ HIDDEN = (
 SUBJECT = Subject(
     "tiles",
     ROWS + BATCHES + KEYS + HIDDEN,
-    tests=("tests/ops/test_small_budgets.py::test_tiles",),
+    tests=(
+        "tests/ops/test_small_budgets.py::test_tiles",
+        "tests/ops/test_small_budgets.py::test_aligned_blocks_in_several_batches",
+    ),
     mechanisms=("flash", "sliding_window", "longformer", "bigbird", "sparse_transformer"),
     first=("matrix_is_the_paper", "equals_its_matrix", "error_is_within_budget"),
 )

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from efficient_attn.feature_maps import Exp, SquaredRelu
+from efficient_attn.masks import tile_groups
 from efficient_attn.mechanisms import (
     MECHANISMS,
+    BigBirdAttention,
     LinearAttention,
     LinearMechanism,
     Mechanism,
@@ -34,7 +36,7 @@ from efficient_attn.testing.sampling import (
 
 LENGTH, BATCH = 53, 3
 
-TILES = ((8, 16, 1000), (8, 12, 1), (5, 1024, 1 << 19), (64, 7, 2000))
+TILES = ((8, 16, 1000), (8, 12, 1), (5, 1024, 1 << 19), (5, 1024, 1 << 13), (64, 7, 2000))
 """Rows and keys of a tile, scores in flight: slabs of heads, single tiles of one head, several tiles at a time."""
 
 CHUNKS = ((4, 1), (8, 400), (3, 72))
@@ -135,6 +137,15 @@ def compare_all(mechanism: Mechanism, make: Callable[..., tuple[Tensor, ...]] = 
     m = in_dtype(mechanism, torch.float64)
     for q_len, kv_len, masks in situations(m):
         compare(m, q_len, kv_len, masks, make=make)
+
+
+def test_aligned_blocks_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TILE_ROWS", 8), ("BATCH_SCORES", 1 << 13)):
+        monkeypatch.setattr(tiles, name, value)
+    m = BigBirdAttention(block_size=8, num_random_blocks=2)
+    walked = tile_groups(m.mask, 0, 200, 200, tiles.TILE_ROWS, tiles.TILE_KEYS)
+    assert any(group.key_blocks and len(group.tiles) > 12 for group in walked)
+    compare(in_dtype(m, torch.float64), 200, 200, {})
 
 
 @pytest.mark.usefixtures("small_tiles")
