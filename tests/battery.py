@@ -185,6 +185,7 @@ PROPERTIES: dict[int, Property] = {
 
 COSTS = (
     "hardware_flops_are_counted",
+    "decoding_flops_are_counted",
     "training_flops_are_counted",
     "torch_flops_are_what_torch_counts",
     "saved_bytes_are_measured",

@@ -263,7 +263,7 @@ class Fixed(Mask):
         return list(range((start // self.stride + 1) * self.stride, stop, self.stride))
 
     def tiles(self, start: int, stop: int, num_keys: int, size: int) -> Iterator[Tile]:
-        """The summaries of all blocks as `summary` strided slices, the same for every tile; the rest of the own block."""
+        """The summaries of all blocks as strided slices, the same for every tile; then the rest of the own block."""
         first = self.stride - self.summary
         summaries = [slice(at, num_keys, self.stride) for at in range(first, self.stride)]
         for low, up in row_ranges(start, stop, size, self.cuts(start, stop)):

@@ -130,6 +130,23 @@ def state_is_declared_constant(m):
 
 
 @defect(
+    "decoding declared as the forward pass over as many tokens",
+    "linear_causal",
+    {"decoding_flops_are_counted": "counted .* declared"},
+    missed=("hardware_flops_are_counted", "state_size_is_declared"),
+)
+def steps_are_declared_as_passes(m):
+    cls = type(m)
+
+    def _cost(self, shape, training, phase, basis, backend):
+        if phase == "decode":
+            shape, phase = replace(shape, kv_len=shape.q_len), "prefill"
+        return cls._cost(self, shape, training, phase, basis, backend)
+
+    return broken(m, _cost=_cost)
+
+
+@defect(
     "parameters that nobody reads",
     "linformer",
     {"declared_traffic_is_every_tensor_once": "bytes to read, declared"},
