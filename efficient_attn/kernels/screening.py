@@ -133,10 +133,11 @@ def _of_family(family: str) -> Iterator[Variant]:
 def compiled(variant: Variant) -> Any:
     """Triton's compiled kernel, from its cache if it is there."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET): nothing can be compiled")
     parameters = variant.kernel.arg_names
     given = [*variant.signature, *variant.constexprs]
@@ -206,9 +207,9 @@ def _inside(cubin: bytes, count_instructions: bool) -> tuple[int, int, int]:
 
 
 def _cuobjdump(option: str, path: Path) -> str:
-    import triton
+    from triton import knobs
 
-    tool = triton.knobs.nvidia.cuobjdump.path
+    tool = knobs.nvidia.cuobjdump.path
     run = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
     return run.stdout
 
