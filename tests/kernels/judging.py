@@ -1,0 +1,109 @@
+"""Outputs and gradients of a mechanism against its definition, by the error that plain torch makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from efficient_attn.mechanisms import Mechanism
+from efficient_attn.testing import within_budget
+from efficient_attn.testing.laws.law import LawViolation, expect
+from efficient_attn.testing.sampling import expand_heads, in_dtype, poisoned_allocations, sample
+
+KERNEL = "triton"
+"""The backend under test."""
+
+NAMES = ("output", "dq", "dk", "dv")
+
+Formula = Callable[[Mechanism, Tensor, Tensor, Tensor], Tensor]
+"""From a mechanism, q, k and v to an output."""
+
+
+def on_the_kernel(mechanism: Mechanism, dtype: torch.dtype, backend: str = KERNEL) -> Mechanism:
+    """A copy in `dtype` that runs on the kernels or raises."""
+    m = in_dtype(mechanism, dtype)
+    m.backend = backend
+    return m
+
+
+def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Those of the sum of `out` under fixed random weights."""
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    grads = torch.autograd.grad(
+        out, inputs, weight.to(out.device, out.dtype), allow_unused=True, materialize_grads=True
+    )
+    return list(grads)
+
+
+def run(formula: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The output of `formula` and its gradients, from memory that held NaN."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with poisoned_allocations():
+        out = formula(*leaves)
+        return [out.detach(), *gradients(out, leaves)]
+
+
+def by_matrix(m: Mechanism, q: Tensor, k: Tensor, v: Tensor, masks: dict | None = None) -> Tensor:
+    """`matrix @ v` in the dtype of q."""
+    return m.matrix(q, k, **(masks or {})).to(q.dtype) @ expand_heads(v, q.shape[1])
+
+
+def judge(m: Mechanism, actual: Formula, definition: Formula, inputs: list[Tensor], what: str) -> None:
+    """`actual` errs, in outputs and gradients, about as much as plain torch in the same dtype, against fp64.
+
+    Plain torch is `definition`, or else `actual` on the portable backend: of a single key a matrix may hit the exact
+    weight 1, which no sum divided by a sum need do.
+    """
+    exact = copy.deepcopy(m).to(torch.float64)
+    exact.backend = "reference"
+    doubles = [x.double() for x in inputs]
+    results = run(lambda *x: actual(m, *x), inputs)
+    plain = run(lambda *x: definition(m, *x), inputs)
+    truth = run(lambda *x: definition(exact, *x), doubles)
+    portable: list[Tensor] = []
+    for number, (name, a, p, t) in enumerate(zip(NAMES, results, plain, truth, strict=True)):
+        expect(a.dtype == p.dtype, f"{name}, {what}: {a.dtype}, not {p.dtype}")
+        expect(a.shape == p.shape, f"{name}, {what}: shape {tuple(a.shape)}, not {tuple(p.shape)}")
+        rule: dict = {} if number == 0 else {"factor": 3.0, "mean": False}
+        try:
+            within_budget(a, p, t, f"{name}, {what}", **rule)
+        except LawViolation:
+            portable = portable or run(lambda *x: actual(on_portable(m), *x), inputs)
+            within_budget(a, portable[number], t, f"{name}, {what}", **rule)
+
+
+def on_portable(m: Mechanism) -> Mechanism:
+    """A copy of `m` on the first backend that runs wherever torch does."""
+    twin = copy.deepcopy(m)
+    twin.backend = next(b.name for b in m.backends if b.portable and not b.by_name_only)
+    return twin
+
+
+def judge_masked(m: Mechanism, inputs: list[Tensor], masks: dict, what: str) -> None:
+    """The forward pass under these masks, against the matrix under them."""
+    judge(
+        m,
+        lambda m, q, k, v: m(q, k, v, **masks),
+        lambda m, q, k, v: by_matrix(m, q, k, v, masks),
+        inputs,
+        what,
+    )
+
+
+def judge_output(
+    m: Mechanism, actual: Callable[..., Tensor], inputs: list[Tensor], masks: dict, what: str
+) -> None:
+    """`actual`, a function of q, k and v, errs about as much as the matrix of `m` in the same dtype."""
+    exact = copy.deepcopy(m).to(torch.float64)
+    truth = by_matrix(exact, *(x.double() for x in inputs), masks)
+    with torch.no_grad(), poisoned_allocations():
+        out = actual(*inputs)
+    within_budget(out, by_matrix(m, *inputs, masks), truth, what)
+
+
+def drawn(m: Mechanism, dtype: torch.dtype, *lengths: int, **options: int) -> list[Tensor]:
+    """Random q, k and v that fit `m`."""
+    return list(sample(m, *lengths, dtype=dtype, **options))

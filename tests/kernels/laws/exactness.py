@@ -1,0 +1,128 @@
+"""A kernel computes the mechanism's matrix times the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from efficient_attn.mechanisms import Mechanism
+from efficient_attn.testing.laws.law import expect, expect_identical
+from efficient_attn.testing.sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, heads_of, holes
+
+from ..judging import KERNEL, NAMES, drawn, judge_masked, on_the_kernel, run
+from .law import DTYPES, law
+
+
+@law()
+def kernel_is_chosen(mechanism: Mechanism) -> int:
+    """ "auto" chooses the kernels where they run, and `explain` says so."""
+    for dtype in DTYPES:
+        m = on_the_kernel(mechanism, dtype, "auto")
+        said = m.explain(*drawn(m, dtype))
+        expect(f"backend: {KERNEL}\n" in said and f"{KERNEL}: chosen" in said, said)
+    return len(DTYPES)
+
+
+@law()
+def kernel_equals_the_matrix(mechanism: Mechanism) -> int:
+    """Outputs and gradients are those of matrix @ v at awkward lengths, with and without padding and holes."""
+    cases = 0
+    for dtype, lengths in ((torch.float32, (1, 2, 16, 31, 65)), (torch.float16, (LENGTH,))):
+        m = on_the_kernel(mechanism, dtype)
+        for length in lengths:
+            for masks in ({}, {"key_mask": holes(length)}):
+                what = f"length {length}, {dtype}, {list(masks)}"
+                judge_masked(m, drawn(m, dtype, length), masks, what)
+                cases += 1
+    return cases
+
+
+@law()
+def kernel_takes_equal_head_sizes(mechanism: Mechanism) -> int:
+    """Where values are as wide as keys, in fp16, too."""
+    m = on_the_kernel(mechanism, torch.float16)
+    judge_masked(m, drawn(m, torch.float16, 70, batch=1, v_head_dim=EQUAL), {}, "70 tokens, float16")
+    return 1
+
+
+@law()
+def kernel_places_queries(mechanism: Mechanism) -> int:
+    """Fewer or more queries than keys stand where q_offset says, an int or a tensor, or else at the end."""
+    m, cases = on_the_kernel(mechanism, torch.float32), 0
+    for q_len, kv_len, offset in (
+        (5, LENGTH, None),
+        (6, LENGTH, 9),
+        (9, 6, 0),
+        (1, LENGTH, torch.tensor(20)),
+    ):
+        masks = {"q_offset": offset, "key_mask": holes(kv_len)}
+        what = f"{q_len} queries, {kv_len} keys, q_offset {offset}"
+        judge_masked(m, drawn(m, torch.float32, q_len, kv_len), masks, what)
+        cases += 1
+    if m.supports_segments:
+        masks = {
+            "q_offset": 9,
+            "key_mask": holes(LENGTH),
+            "segment_ids": (torch.arange(LENGTH) // 11).expand(2, -1),
+        }
+        judge_masked(m, drawn(m, torch.float32, 12, LENGTH), masks, "12 queries at 9, segments")
+        cases += 1
+    return cases
+
+
+@law()
+def kernel_reaches_many_keys(mechanism: Mechanism) -> int:
+    """A few queries over more keys than any block takes at once."""
+    m = on_the_kernel(mechanism, torch.float32)
+    judge_masked(m, drawn(m, torch.float32, 3, 400, batch=1), {}, "3 queries, 400 keys")
+    return 1
+
+
+@law()
+def kernel_takes_empty_inputs(mechanism: Mechanism) -> int:
+    """No batch, no queries, no keys: right shapes, zeros where there is nothing to attend to, gradients that exist."""
+    m = on_the_kernel(mechanism, torch.float32, "auto")
+    heads, kv_heads = heads_of(m)
+    size = head_dim_of(m)
+    shapes = ((0, 7, 7), (2, 0, 7), (2, 0, 0), (2, 3, 0), (0, 0, 0))
+    for batch, q_len, kv_len in shapes:
+        inputs = [torch.randn(batch, heads, q_len, size), torch.randn(batch, kv_heads, kv_len, size)]
+        inputs.append(torch.randn(batch, kv_heads, kv_len, V_HEAD_DIM))
+        mask = torch.ones(batch, kv_len, dtype=torch.bool)
+        out, *grads = run(partial(m, q_offset=0, key_mask=mask), inputs)
+        expect(out.shape == (batch, heads, q_len, V_HEAD_DIM), f"output {tuple(out.shape)}")
+        expect(bool((out == 0).all()) or kv_len > 0, "something came from no keys")
+        for x, grad in zip(inputs, grads, strict=True):
+            expect(grad.shape == x.shape and bool(torch.isfinite(grad).all()), "gradient")
+    return len(shapes)
+
+
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last dimension outside": lambda x: x.mT.contiguous().mT,
+    "with gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+    "rows expanded from one": lambda x: x[:1].expand(x.shape),
+    "all expanded from one number": lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}
+
+
+@law()
+def kernel_takes_any_layout(mechanism: Mechanism) -> int:
+    """Transposed, sliced and expanded inputs and output gradients give the same bits as contiguous ones."""
+    m = on_the_kernel(mechanism, torch.float32)
+    inputs = drawn(m, torch.float32, 20)
+    grad = torch.randn(m(*inputs).shape, generator=torch.Generator().manual_seed(8))
+    for what, layout in _LAYOUTS.items():
+        results = []
+        strange = [layout(x) for x in (*inputs, grad)]
+        plain = [x.clone(memory_format=torch.contiguous_format) for x in strange]
+        for *qkv, weight in (strange, plain):
+            leaves = [x.detach().requires_grad_() for x in qkv]
+            out = m(*leaves)
+            results.append([out, *torch.autograd.grad(out, leaves, weight)])
+        for name, a, b in zip(NAMES, *results, strict=True):
+            expect_identical(a, b, f"{name}, inputs and gradient {what}")
+    return len(_LAYOUTS)
