@@ -68,7 +68,8 @@ def test_laws(name: str, record_property: Any) -> None:
     for line in lines[:-1]:
         cases[line["law"]] += line["cases"]
     judged = {line["example"] for line in lines[:-1]}
-    assert len(judged) == len(MECHANISMS[name].examples(LENGTH, HEADS, HEAD_DIM))
+    examples = MECHANISMS[name].examples(LENGTH, HEADS, HEAD_DIM)
+    assert len(judged) == sum(example.backend == "auto" for example in examples) > 0
     assert cases.total() == lines[-1]["held"] > 0
     assert run.returncode == 0, run.stderr[-3000:]
     record_property("laws", dict(cases))

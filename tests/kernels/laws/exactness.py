@@ -12,7 +12,7 @@ from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.laws.law import expect, expect_identical
 from efficient_attn.testing.sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, heads_of, holes
 
-from ..judging import KERNEL, NAMES, drawn, judge_masked, on_the_kernel, run
+from ..judging import KERNEL, NAMES, drawn, judge_masked, on_the_kernel, run, takes
 from .law import DTYPES, law
 
 
@@ -30,7 +30,13 @@ def kernel_is_chosen(mechanism: Mechanism) -> int:
 def kernel_equals_the_matrix(mechanism: Mechanism) -> int:
     """Outputs and gradients are those of matrix @ v at awkward lengths, with and without padding and holes."""
     cases = 0
-    for dtype, lengths in ((torch.float32, (1, 2, 16, 31, 65)), (torch.float16, (LENGTH,))):
+    for dtype, lengths in (
+        (torch.float64, (2, LENGTH)),
+        (torch.float32, (1, 16, 31, 65)),
+        (torch.float16, (LENGTH,)),
+    ):
+        if dtype == torch.float64 and not takes(mechanism, dtype):
+            continue
         m = on_the_kernel(mechanism, dtype)
         for length in lengths:
             for masks in ({}, {"key_mask": holes(length)}):
