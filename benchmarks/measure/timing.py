@@ -32,6 +32,7 @@ class Effort:
 EFFORTS: Mapping[str, Effort] = {
     "full": Effort(seconds=6.0, least=3, most=41),
     "quick": Effort(seconds=0.4, least=3, most=9),
+    "dry": Effort(seconds=0.0, least=3, most=3),
 }
 
 
@@ -41,10 +42,6 @@ def wall_clock(work: Work, calls: int) -> float:
     for _ in range(calls):
         work()
     return (time.perf_counter() - began) / calls
-
-
-CLOCKS: Mapping[str, Clock] = {"cpu": wall_clock}
-"""By the type of device: one that returns before it is done needs another clock."""
 
 
 def warmed_up(work: Work, clock: Clock = wall_clock) -> tuple[Sampler, float]:
