@@ -16,6 +16,8 @@ import pytest
 import torch
 from battery import PROPERTIES
 
+from efficient_attn.kernels.screening import HEADING
+
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
@@ -82,6 +84,12 @@ def fuzzed(passed: Iterable[pytest.TestReport]) -> dict[str, Counter[str]]:
     return made
 
 
+def screened(passed: Iterable[pytest.TestReport]) -> list[str]:
+    """What each kernel compiled to, in one order however many workers there were."""
+    said = (dict(report.user_properties) for report in passed if report.when == "call")
+    return sorted(str(properties["screened"]) for properties in said if "screened" in properties)
+
+
 def skip_reasons(skipped: Iterable[pytest.TestReport]) -> dict[str, list[str]]:
     """The tests skipped, by reason."""
     tests: dict[str, list[str]] = defaultdict(list)
@@ -108,6 +116,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("properties")
         for number, count in sorted(held.items()):
             terminalreporter.write_line(f"{count:8,} cases  {number:2}. {PROPERTIES[number].claim}")
+    if rows := screened(terminalreporter.stats.get("passed", [])):
+        terminalreporter.section("kernels compiled without a GPU")
+        for row in (HEADING, *rows):
+            terminalreporter.write_line(row)
+        terminalreporter.write_line(f"{len(rows)} variants")
     if made := fuzzed(terminalreporter.stats.get("passed", [])):
         terminalreporter.section("random cases")
         names = list(sum(made.values(), Counter()))
