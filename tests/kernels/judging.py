@@ -11,19 +11,32 @@ from torch import Tensor
 from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing import within_budget
 from efficient_attn.testing.laws.law import LawViolation, expect, expect_close
-from efficient_attn.testing.sampling import expand_heads, in_dtype, poisoned_allocations, sample
+from efficient_attn.testing.sampling import expand_heads, holes, in_dtype, poisoned_allocations, sample
 
 KERNEL = "triton"
 """The backend under test."""
 
+DEVICE = "cpu"
+"""Where the kernels run: on the CPU in Triton's interpreter, or on a GPU if a test says so."""
+
 NAMES = ("output", "dq", "dk", "dv")
+
+
+def here(x: Tensor) -> Tensor:
+    """`x` where the kernels run."""
+    return x.to(DEVICE)
+
+
+def gaps(length: int) -> Tensor:
+    """A key mask with holes and padding, (2, length)."""
+    return here(holes(length))
 
 
 def takes(mechanism: Mechanism, dtype: torch.dtype) -> bool:
     """Whether the kernels take this dtype here."""
-    m = in_dtype(mechanism, dtype)
+    m = on_the_kernel(mechanism, dtype)
     backend = next(b for b in m.backends if b.name == KERNEL)
-    return not backend.refuse(m._problem(*sample(m, dtype=dtype), None, None, None, None))
+    return not backend.refuse(m._problem(*drawn(m, dtype), None, None, None, None))
 
 
 Formula = Callable[[Mechanism, Tensor, Tensor, Tensor], Tensor]
@@ -32,7 +45,7 @@ Formula = Callable[[Mechanism, Tensor, Tensor, Tensor], Tensor]
 
 def on_the_kernel(mechanism: Mechanism, dtype: torch.dtype, backend: str = KERNEL) -> Mechanism:
     """A copy in `dtype` that runs on the kernels or raises."""
-    m = in_dtype(mechanism, dtype)
+    m = in_dtype(mechanism, dtype).to(DEVICE)
     m.backend = backend
     return m
 
@@ -119,4 +132,4 @@ def judge_output(
 
 def drawn(m: Mechanism, dtype: torch.dtype, *lengths: int, **options: int) -> list[Tensor]:
     """Random q, k and v that fit `m`."""
-    return list(sample(m, *lengths, dtype=dtype, **options))
+    return [here(x) for x in sample(m, *lengths, dtype=dtype, **options)]

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.laws.law import expect, expect_identical
-from efficient_attn.testing.sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, heads_of, holes
+from efficient_attn.testing.sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, heads_of
 
-from ..judging import KERNEL, NAMES, drawn, judge_masked, on_the_kernel, run, takes
+from ..judging import KERNEL, NAMES, drawn, gaps, here, judge_masked, on_the_kernel, run, takes
 from .law import DTYPES, law
 
 
 @law()
 def kernel_is_chosen(mechanism: Mechanism) -> int:
-    """ "auto" chooses the kernels where they run, and `explain` says so."""
+    """Where the kernels run, they are what "auto" chooses, and `explain` says so."""
     for dtype in DTYPES:
         m = on_the_kernel(mechanism, dtype, "auto")
         said = m.explain(*drawn(m, dtype))
@@ -39,7 +39,7 @@ def kernel_equals_the_matrix(mechanism: Mechanism) -> int:
             continue
         m = on_the_kernel(mechanism, dtype)
         for length in lengths:
-            for masks in ({}, {"key_mask": holes(length)}):
+            for masks in ({}, {"key_mask": gaps(length)}):
                 what = f"length {length}, {dtype}, {list(masks)}"
                 judge_masked(m, drawn(m, dtype, length), masks, what)
                 cases += 1
@@ -62,17 +62,17 @@ def kernel_places_queries(mechanism: Mechanism) -> int:
         (5, LENGTH, None),
         (6, LENGTH, 9),
         (9, 6, 0),
-        (1, LENGTH, torch.tensor(20)),
+        (1, LENGTH, here(torch.tensor(20))),
     ):
-        masks = {"q_offset": offset, "key_mask": holes(kv_len)}
+        masks = {"q_offset": offset, "key_mask": gaps(kv_len)}
         what = f"{q_len} queries, {kv_len} keys, q_offset {offset}"
         judge_masked(m, drawn(m, torch.float32, q_len, kv_len), masks, what)
         cases += 1
     if m.supports_segments:
         masks = {
             "q_offset": 9,
-            "key_mask": holes(LENGTH),
-            "segment_ids": (torch.arange(LENGTH) // 11).expand(2, -1),
+            "key_mask": gaps(LENGTH),
+            "segment_ids": here(torch.arange(LENGTH) // 11).expand(2, -1),
         }
         judge_masked(m, drawn(m, torch.float32, 12, LENGTH), masks, "12 queries at 9, segments")
         cases += 1
@@ -90,14 +90,14 @@ def kernel_reaches_many_keys(mechanism: Mechanism) -> int:
 @law()
 def kernel_takes_empty_inputs(mechanism: Mechanism) -> int:
     """No batch, no queries, no keys: right shapes, zeros where there is nothing to attend to, gradients that exist."""
-    m = on_the_kernel(mechanism, torch.float32, "auto")
+    m = on_the_kernel(mechanism, torch.float32)
     heads, kv_heads = heads_of(m)
     size = head_dim_of(m)
     shapes = ((0, 7, 7), (2, 0, 7), (2, 0, 0), (2, 3, 0), (0, 0, 0))
     for batch, q_len, kv_len in shapes:
-        inputs = [torch.randn(batch, heads, q_len, size), torch.randn(batch, kv_heads, kv_len, size)]
-        inputs.append(torch.randn(batch, kv_heads, kv_len, V_HEAD_DIM))
-        mask = torch.ones(batch, kv_len, dtype=torch.bool)
+        sizes = ((heads, q_len, size), (kv_heads, kv_len, size), (kv_heads, kv_len, V_HEAD_DIM))
+        inputs = [here(torch.randn(batch, *rest)) for rest in sizes]
+        mask = here(torch.ones(batch, kv_len, dtype=torch.bool))
         out, *grads = run(partial(m, q_offset=0, key_mask=mask), inputs)
         expect(out.shape == (batch, heads, q_len, V_HEAD_DIM), f"output {tuple(out.shape)}")
         expect(bool((out == 0).all()) or kv_len > 0, "something came from no keys")
@@ -120,7 +120,7 @@ def kernel_takes_any_layout(mechanism: Mechanism) -> int:
     """Transposed, sliced and expanded inputs and output gradients give the same bits as contiguous ones."""
     m = on_the_kernel(mechanism, torch.float32)
     inputs = drawn(m, torch.float32, 20)
-    grad = torch.randn(m(*inputs).shape, generator=torch.Generator().manual_seed(8))
+    grad = here(torch.randn(m(*inputs).shape, generator=torch.Generator().manual_seed(8)))
     for what, layout in _LAYOUTS.items():
         results = []
         strange = [layout(x) for x in (*inputs, grad)]

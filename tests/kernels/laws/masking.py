@@ -9,9 +9,9 @@ from torch import Tensor
 
 from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.laws.law import expect, expect_identical
-from efficient_attn.testing.sampling import LENGTH, holes
+from efficient_attn.testing.sampling import LENGTH
 
-from ..judging import NAMES, by_matrix, drawn, judge, judge_masked, on_the_kernel, run
+from ..judging import NAMES, by_matrix, drawn, gaps, here, judge, judge_masked, on_the_kernel, run
 from .law import DTYPES, law
 
 
@@ -24,7 +24,7 @@ def _alike(results: list[Tensor], expected: list[Tensor], what: str) -> None:
 def kernel_equals_padded_alone(mechanism: Mechanism) -> int:
     """A row padded left and right is the row alone."""
     m, left, right = on_the_kernel(mechanism, torch.float32), 6, 4
-    mask = torch.zeros(1, LENGTH, dtype=torch.bool)
+    mask = here(torch.zeros(1, LENGTH, dtype=torch.bool))
     inside = slice(left, LENGTH - right)
     mask[:, inside] = True
     judge(
@@ -44,7 +44,7 @@ def kernel_isolates_documents(mechanism: Mechanism) -> int:
     for dtype, sizes in ((torch.float32, (10, 1, 20, 6)), (torch.float16, (30, 0, 7))):
         m, segments = (
             on_the_kernel(mechanism, dtype),
-            torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+            here(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))),
         )
 
         def alone(m: Mechanism, *inputs: Tensor, sizes: tuple[int, ...] = sizes) -> Tensor:
@@ -55,7 +55,7 @@ def kernel_isolates_documents(mechanism: Mechanism) -> int:
         judge(m, packed, alone, drawn(m, dtype, batch=1), f"documents of {sizes}, {dtype}")
         cases += 1
     m = on_the_kernel(mechanism, torch.float32)
-    mixed = torch.randint(-1, 3, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    mixed = here(torch.randint(-1, 3, (2, LENGTH), generator=torch.Generator().manual_seed(2)))
     inputs = drawn(m, torch.float32)
     judge_masked(m, inputs, {"segment_ids": mixed}, "interleaved segments")
     nothing = (m(*inputs, segment_ids=mixed).transpose(1, 2)[mixed < 0] == 0).all()
@@ -71,7 +71,7 @@ def _packed(m: Mechanism, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> 
 def kernel_sees_no_future(mechanism: Mechanism) -> int:
     """Replacing the future, at any scale that the dtype holds, leaves the past bit-identical."""
     cases = 0
-    for dtype, mask, factors in ((torch.float32, None, (1.0, 1e18)), (torch.float16, holes(LENGTH), (1e4,))):
+    for dtype, mask, factors in ((torch.float32, None, (1.0, 1e18)), (torch.float16, gaps(LENGTH), (1e4,))):
         m = on_the_kernel(mechanism, dtype)
         inputs, others = drawn(m, dtype), drawn(m, dtype, seed=1)
         before = m(*inputs, key_mask=mask)
@@ -104,7 +104,7 @@ def kernel_sends_no_gradient_to_the_future(mechanism: Mechanism) -> int:
 @law()
 def kernel_ignores_masked_content(mechanism: Mechanism) -> int:
     """Whatever stands at masked keys, NaN and Inf too, outputs and gradients are bit-identical."""
-    m, mask = on_the_kernel(mechanism, torch.float32), holes(LENGTH)
+    m, mask = on_the_kernel(mechanism, torch.float32), gaps(LENGTH)
     q, k, v = drawn(m, torch.float32)
     results = []
     for content in (0.0, 100.0, torch.nan, torch.inf):
@@ -119,7 +119,7 @@ def kernel_ignores_masked_content(mechanism: Mechanism) -> int:
 def kernel_gives_zero_for_nothing(mechanism: Mechanism) -> int:
     """A row without a valid key gives zeros and zero gradients, beside a row that is whole."""
     for dtype in DTYPES:
-        m, mask = on_the_kernel(mechanism, dtype), torch.ones(2, LENGTH, dtype=torch.bool)
+        m, mask = on_the_kernel(mechanism, dtype), here(torch.ones(2, LENGTH, dtype=torch.bool))
         mask[1] = False
         for name, x in zip(NAMES, run(partial(m, key_mask=mask), drawn(m, dtype)), strict=True):
             expect(bool(torch.isfinite(x).all()), f"{name} is not finite, {dtype}")
@@ -132,7 +132,7 @@ def kernel_gives_zero_for_nothing(mechanism: Mechanism) -> int:
 def kernel_keeps_rows_apart(mechanism: Mechanism) -> int:
     """A row's output and gradients do not depend on what stands in other rows, NaN included."""
     m = on_the_kernel(mechanism, torch.float32)
-    for mask in (None, holes(LENGTH)):
+    for mask in (None, gaps(LENGTH)):
         results = []
         for factor in (1.0, torch.nan):
             inputs = drawn(m, torch.float32)

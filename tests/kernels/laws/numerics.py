@@ -11,16 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.counting import untouched_rng
 from efficient_attn.testing.laws.law import expect, expect_identical
-from efficient_attn.testing.sampling import LENGTH, holes
+from efficient_attn.testing.sampling import LENGTH
 
-from ..judging import NAMES, drawn, judge, judge_output, on_the_kernel, run
+from ..judging import NAMES, drawn, gaps, here, judge, judge_output, on_the_kernel, run
 from .law import DTYPES, law
 
 
 @law()
 def kernel_repeats_bit_for_bit(mechanism: Mechanism) -> int:
     """The same call gives the same bits from memory that held anything, whatever was called in between."""
-    m, mask = on_the_kernel(mechanism, torch.float32), holes(LENGTH)
+    m, mask = on_the_kernel(mechanism, torch.float32), gaps(LENGTH)
     inputs = drawn(m, torch.float32)
     first = run(partial(m, key_mask=mask), inputs)
     m(*drawn(m, torch.float32, 20))
@@ -87,7 +87,7 @@ def kernel_drops_its_share(mechanism: Mechanism) -> int:
     q, k, _ = drawn(m, torch.float32)
     weights = m.matrix(q, k)
     # With one-hot values the output is the matrix after dropout.
-    v = torch.eye(LENGTH).expand(*k.shape[:2], -1, -1)
+    v = here(torch.eye(LENGTH)).expand(*k.shape[:2], -1, -1)
     pairs = kept = 0
     outputs = []
     for seed in (0, 0, 1, 2):
@@ -112,7 +112,7 @@ def kernel_drops_alike_backwards(mechanism: Mechanism) -> int:
     """The gradients under dropout are those of the weights that were kept, and the same under checkpointing."""
     m = _dropping(mechanism, 0.3)
     q, k, v = (x.requires_grad_() for x in drawn(m, torch.float32))
-    eye = torch.eye(LENGTH).expand(*k.shape[:2], -1, -1)
+    eye = here(torch.eye(LENGTH)).expand(*k.shape[:2], -1, -1)
     torch.manual_seed(3)
     with torch.no_grad():
         kept = m(q, k, eye) != 0

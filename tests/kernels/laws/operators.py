@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.laws.law import expect, expect_identical
-from efficient_attn.testing.sampling import EQUAL, LENGTH, holes
+from efficient_attn.testing.sampling import EQUAL, LENGTH
 
-from ..judging import NAMES, drawn, judge_output, on_the_kernel, run
+from ..judging import NAMES, drawn, gaps, here, judge_output, on_the_kernel, run
 from .law import DTYPES, law
 
 
@@ -24,7 +24,7 @@ def kernel_steps_like_forward(mechanism: Mechanism) -> int:
     cases = 0
     for dtype in DTYPES:
         m = on_the_kernel(mechanism, dtype)
-        for mask in (None, holes(LENGTH)):
+        for mask in (None, gaps(LENGTH)):
             inputs = drawn(m, dtype)
 
             def decoded(
@@ -40,7 +40,9 @@ def kernel_steps_like_forward(mechanism: Mechanism) -> int:
 def _decoded(
     m: Mechanism, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sizes: tuple[int, ...]
 ) -> Tensor:
-    state = m.init_state(k.shape[0], k.shape[1], k.shape[3], v_head_dim=v.shape[3], dtype=k.dtype)
+    state = m.init_state(
+        k.shape[0], k.shape[1], k.shape[3], v_head_dim=v.shape[3], dtype=k.dtype, device=k.device
+    )
     outputs, start = [], 0
     for size in sizes:
         part = slice(start, start + size)
@@ -58,7 +60,7 @@ def kernel_respects_autocast(mechanism: Mechanism) -> int:
         m = on_the_kernel(mechanism, torch.float32)
         inputs = drawn(m, dtype)
         outside = run(m, inputs)
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(inputs[0].device.type, dtype=torch.float16):
             inside = run(m, inputs)
         for name, a, b in zip(NAMES, inside, outside, strict=True):
             expect(a.dtype in (dtype, torch.float16), f"{name} of {dtype} is {a.dtype}")
@@ -77,7 +79,7 @@ def kernel_compiles_to_one_graph(mechanism: Mechanism) -> int:
     counter = CompileCounter()
     compiled: Any = torch.compile(m, backend=counter, fullgraph=True, dynamic=True)
     for length in (LENGTH, 24):
-        inputs, mask = drawn(m, torch.float32, length), holes(length)
+        inputs, mask = drawn(m, torch.float32, length), gaps(length)
         expected = run(lambda *x, mask=mask: m(*x, key_mask=mask), inputs)
         for way in ("compiled", "compiled and checkpointed"):
 
@@ -111,7 +113,7 @@ def kernel_passes_opcheck(mechanism: Mechanism) -> int:
     """torch's own checks of an operator's schema, fake implementation and autograd hold for all that are called."""
     m, length = on_the_kernel(mechanism, torch.float32), 19
     checked = set()
-    for masks in ({}, {"key_mask": holes(length)}):
+    for masks in ({}, {"key_mask": gaps(length)}):
         with _Calls() as calls:
             run(lambda *x, masks=masks: m(*x, **masks), drawn(m, torch.float32, length))
         for operator, arguments in calls.made:
@@ -137,10 +139,10 @@ def kernel_reaches_far_memory(mechanism: Mechanism) -> int:
     """Rows more than 2^31 elements apart give, to the bit, what they give side by side: addresses are 64 bits wide."""
     m = on_the_kernel(mechanism, torch.float16)
     inputs = [x.contiguous() for x in drawn(m, torch.float16, 20, v_head_dim=EQUAL)]
-    tensors = [*inputs, torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(8)).half()]
+    tensors = [*inputs, here(torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(8)).half())]
     apart, sizes = (1 << 31) + 8, [x[0].numel() for x in tensors]
     # Most of it is never touched, so that it takes addresses, not memory.
-    memory = torch.empty(apart + sum(sizes), dtype=torch.float16)
+    memory = torch.empty(apart + sum(sizes), dtype=torch.float16, device=tensors[0].device)
     far = [
         memory.as_strided(x.shape, (apart, *x.stride()[1:]), sum(sizes[:number])).copy_(x)
         for number, x in enumerate(tensors)
