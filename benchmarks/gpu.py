@@ -42,6 +42,8 @@ DRY_RUN = "A dry run on the CPU, at short lengths with the torch backends: it ju
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     cells = plan_gpu.cells(options.sections, options.effort)
+    if options.tune:
+        cells = plan_gpu.tuning(options.effort)
     if options.judged:
         cells = [cell for cell in cells if cell.target is not None]
     records = Records(options.out)
@@ -90,15 +92,19 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
             flag, action="store_const", dest="effort", const=effort, default="full", help=said
         )
     add("--judged", action="store_true", help="only what has a target")
+    add("--tune", action="store_true", help="instead: time the configs of our kernels, into tune.jsonl")
     add("--minutes", type=positive, help="begin no cell after so many minutes")
     options = parser.parse_args(arguments)
     options.sections = chosen(parser, options.only, list(plan_gpu.SECTIONS))
     if not torch.cuda.is_available():
         options.effort = DRY
-    if options.judged and options.effort != "full":
-        parser.error(f"--judged: a {options.effort} run has no targets")
+    if options.judged and (options.tune or options.effort != "full"):
+        parser.error(f"--judged: {'tuning' if options.tune else f'a {options.effort} run'} has no targets")
     if options.out is None:
-        options.out = RESULTS / ("gpu.jsonl" if options.effort == "full" else f"gpu-{options.effort}.jsonl")
+        name = "tune" if options.tune else "gpu"
+        options.out = RESULTS / (
+            f"{name}.jsonl" if options.effort == "full" else f"{name}-{options.effort}.jsonl"
+        )
     check_out(parser, options.out)
     return options
 

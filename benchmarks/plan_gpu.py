@@ -10,8 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from benchmarks.harness.cells import BACKWARD, CAPACITY, DECODE, FORWARD, RACES, TRAINING, Cell, Target
+from benchmarks.harness.cells import (
+    BACKWARD,
+    CAPACITY,
+    DECODE,
+    FORWARD,
+    RACES,
+    TABLES,
+    TRAINING,
+    TUNE,
+    Cell,
+    Target,
+)
 from benchmarks.harness.tables import Targets
+from benchmarks.measure.tuning import TIMED_BY
 from benchmarks.peers.sdpa import KERNELS
 
 AS_SDPA = Target(0.97)
@@ -19,6 +31,9 @@ AS_PRODUCTS = Target(1 / 1.1)
 """Linformer may take 1.1 times as long as its matrix products and SDPA."""
 LEAST_MEMORY = Target(1.3, at_least=False)
 """Of inputs, output and gradients: the peak of a forward and backward pass over 1,048,576 tokens."""
+
+TABLES_ARE_CHEAP = Target(0.05, at_least=False)
+"""Of a forward pass: what building the block tables takes, once."""
 
 FULL, WIDE, NARROW = "full, causal", "window 1024, causal", "window 256, causal"
 BIGBIRD, LONGFORMER = "bigbird b64", "longformer 256 + 64"
@@ -165,6 +180,11 @@ def alone(at: Sizes) -> Iterator[Cell]:
                 yield _race("alone", subject, work, n, "")
 
 
+def tables(at: Sizes) -> Iterator[Cell]:
+    for subject in (BIGBIRD, LONGFORMER):
+        yield _race("tables", subject, TABLES, at.judged, "", TABLES_ARE_CHEAP)
+
+
 def capacity(at: Sizes) -> Iterator[Cell]:
     for subject in (WIDE, LINEAR) if at.few else LONGEST:
         yield _race("capacity", subject, CAPACITY, at.capacity, "", LEAST_MEMORY)
@@ -179,10 +199,10 @@ SECTIONS: Mapping[str, Callable[[Sizes], Iterator[Cell]]] = {
     section.__name__: section
     for section in (
         *(full, window_1024, window_256, bigbird, longformer, sparse, linear, performer, linformer),
-        *(alone, capacity, decode),
+        *(alone, tables, capacity, decode),
     )
 }
-ONE_HEAD_SIZE = ("capacity", "decode")
+ONE_HEAD_SIZE = ("tables", "capacity", "decode")
 """Measured at the smallest head size alone."""
 JUDGED = {"performer": (64,)}
 """Sections whose targets are about some head sizes only."""
@@ -197,6 +217,20 @@ def cells(sections: Iterable[str], effort: str) -> list[Cell]:
                 sizes = {"head_dim": size, "heads": at.heads, "dtype": at.dtype, "device": at.device}
                 target = cell.target if effort == "full" and size in JUDGED.get(section, (size,)) else None
                 planned.append(replace(cell, **sizes, effort=effort, target=target))
+    return planned
+
+
+TUNED_HEAD_SIZES = {"full": (64, 128, 256), "quick": (64,), "dry": (64,)}
+
+
+def tuning(effort: str) -> list[Cell]:
+    """A cell for each kernel and class of head sizes; in a dry run, for one kernel of each family."""
+    at, planned = SIZES[effort], []
+    one_of_each = {name.partition(".")[0]: name for name in TIMED_BY}
+    for kernel in one_of_each.values() if effort == "dry" else TIMED_BY:
+        for size in TUNED_HEAD_SIZES[effort]:
+            cell = Cell("tune", TIMED_BY[kernel][0], TUNE, at.judged, kernel, effort=effort)
+            planned.append(replace(cell, dtype="bfloat16", heads=at.heads, head_dim=size, device=at.device))
     return planned
 
 

@@ -14,6 +14,7 @@ CAPACITY = "capacity"
 CAPACITY_FORWARD = "capacity, forward"
 DECODE = "decode"
 TUNE = "tune"
+TABLES = "tables"
 RACES = (FORWARD, BACKWARD, TRAINING)
 ALONE = (MEMORY, CAPACITY, CAPACITY_FORWARD)
 """What is measured in a process that has measured nothing before."""
@@ -42,7 +43,7 @@ class Cell:
         subject: which of our mechanisms, by its name in `subjects.SUBJECTS`.
         work: one of RACES for a race against `peer`, or ours alone without one; the others for ours alone.
         length: tokens.
-        peer: whom ours is compared with, by its name in `peers.PEERS`; empty if with nobody.
+        peer: whom ours is compared with, by its name in `peers.PEERS`; empty if with nobody. TUNE: our kernel.
         threads: CPU threads of both sides.
         effort: how often to repeat, by its name in `measure.timing.EFFORTS`.
         positions: DECODE only: the tokens already in the state.
@@ -73,7 +74,8 @@ class Cell:
 
     @property
     def label(self) -> str:
-        against = f" vs {self.peer}" if self.peer else ""
+        versus = "of" if self.work == TUNE else "vs"
+        against = f" {versus} {self.peer}" if self.peer else ""
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         size = "" if self.head_dim == 64 else f" D{self.head_dim}"
         where = "1 thread" if self.threads == 1 else f"{self.threads} threads"

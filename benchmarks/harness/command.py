@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .cells import RACES, Cell
 from .environment import environment, fingerprint
+from .gpu_tables import tuned
 from .records import OK, WRONG, Record, Records, key_of
 from .run import is_done, measure_all
 from .tables import Table, judged, show, three, verdict
@@ -94,8 +95,12 @@ def line(cell: Cell, record: Record, fresh: bool) -> str:
         text = f"{three(found[0])}x, quartiles {three(found[1])} to {three(found[2])}"
     elif cell.work in RACES:
         text = f"{result['roofline']['fraction']:.0%} of the roofline"
-    elif found is not None:
-        text = f"peak {three(found[0])}x the least"
+    elif "gain" in result:
+        text = tuned(result)
+    elif "peak_ratio" in result:
+        text = f"peak {three(result['peak_ratio'])}x the least"
+    elif "table_share" in result:
+        text = f"built once in {three(result['table_share'])} forward passes"
     elif "resident_bytes" in result:
         text = f"peak {result['resident_bytes'] / 2**20:,.0f} MiB beyond the inputs"
     if found is not None and cell.target is not None:

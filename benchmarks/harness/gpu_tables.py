@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from .cells import CAPACITY, DECODE, RACES, Cell, Target
+from .cells import CAPACITY, DECODE, RACES, TABLES, TUNE, Cell, Target
 from .records import OK, WRONG, Record
 from .tables import (
     Pairs,
@@ -47,7 +48,7 @@ def gpu_tables(records: Iterable[Record], targets: Targets) -> list[Table]:
 def _rendering(cell: Cell) -> Render:
     if cell.work in RACES:
         return _races if cell.peer else _alone
-    return {CAPACITY: _capacity, DECODE: decode}[cell.work]
+    return {CAPACITY: _capacity, DECODE: decode, TABLES: _tables, TUNE: _tuned}[cell.work]
 
 
 def _races(section: str, pairs: Pairs, targets: Targets) -> Table:
@@ -169,6 +170,61 @@ def _capacity(section: str, pairs: Pairs, targets: Targets) -> Table:
         rows,
         "Forward and backward, alone in its process. ratio: the peak, inputs included, over inputs, output and all"
         " gradients. error: of eight rows of the first head's output, relative to fp64.",
+    )
+
+
+def _tables(section: str, pairs: Pairs, targets: Targets) -> Table:
+    rows = []
+    for cell, record in pairs:
+        target, found = targets.of(cell), record["result"]
+        row, shown = (
+            [cell.subject, f"{cell.length:,}", str(cell.head_dim)],
+            "" if target is None else str(target),
+        )
+        if record["status"] == OK:
+            share = found["table_share"]
+            row += [milliseconds([found["built_seconds"]]), milliseconds([found["forward_seconds"]])]
+            row += [three(share), shown, verdict(share, target)]
+        else:
+            row += [record["status"], because(record), "", shown, ""]
+        rows.append(row)
+    headings = ["ours", "tokens", "D", "built in, ms", "forward, ms", "share", "target", ""]
+    return Table(section, headings, rows, "Block tables, built at the first call and kept for the next ones.")
+
+
+WORTH_IT = 1.02
+"""Times as fast, in three of four rounds, from which a config is worth changing."""
+
+
+def tuned(result: Mapping[str, Any]) -> str:
+    """What the tuning of a kernel advises."""
+    gain = result["gain"]
+    if gain["low"] < WORTH_IT:
+        return f"keep {result['shipped']}"
+    return f"change to {result['best']}: {three(gain['median'])}x as fast"
+
+
+def _tuned(section: str, pairs: Pairs, targets: Targets) -> Table:
+    rows = []
+    for cell, record in pairs:
+        found = record["result"]
+        row = [cell.peer, f"{cell.length:,}", str(cell.head_dim)]
+        if record["status"] != OK:
+            rows.append([*row, record["status"], because(record), "", "", "", ""])
+            continue
+        gain = found.get("gain")
+        numbers = [record["reason"], "", ""]
+        if gain is not None:
+            spread = (gain["high"] - gain["low"]) / 2
+            numbers = [tuned(found), f"{three(gain['median'])}x", f"±{three(spread)}"]
+        tried = f"{len(found['configs'])} + {len(found['rejected'])}"
+        rows.append([*row, found["shipped"], *numbers, tried, record["key"]])
+    return Table(
+        section,
+        ["kernel", "tokens", "D", "shipped", "advice", "best", "spread", "tried + rejected", "record"],
+        rows,
+        "Each config that differs from the shipped one in one number, screened, compared with fp64, then timed in turns"
+        f" with it. Changed is what is {WORTH_IT} times as fast in three of four rounds.",
     )
 
 

@@ -52,7 +52,8 @@ def judged(record: Record) -> tuple[float, float, float] | None:
     result = record["result"]
     if "ratio" in result:
         return result["ratio"]["median"], result["ratio"]["low"], result["ratio"]["high"]
-    return (result["peak_ratio"],) * 3 if "peak_ratio" in result else None
+    single = result.get("peak_ratio", result.get("table_share"))
+    return None if single is None else (single, single, single)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import CAPACITY, DECODE, FORWARD, RACES, Cell
+from benchmarks.harness.cells import CAPACITY, DECODE, FORWARD, RACES, TABLES, TUNE, Cell
 from benchmarks.harness.records import OK, WRONG
 from benchmarks.harness.worker import Outcome, Unsupported, failed
 from benchmarks.peers import PEERS, Contender, Race
@@ -27,7 +28,8 @@ from .inputs import normal_inputs
 from .instruments import INSTRUMENTS
 from .races import backend_of, gate, ours_in, plain, said, times_of, work_of
 from .roofline import roofline, unavoidable
-from .timing import ratio
+from .timing import EFFORTS, ratio
+from .tuning import TIMED_BY, measure_tuning
 
 OURS = "ours"
 WHOLE = 4096
@@ -58,6 +60,10 @@ def measure(cell: Cell) -> Outcome:
             return measure_pass(cell)
         if cell.work == CAPACITY:
             return measure_capacity(cell)
+        if cell.work == TABLES:
+            return measure_tables(cell)
+        if cell.work == TUNE:
+            return measure_tuning(cell, TIMED_BY[cell.peer][1])
     except Stopped as stopped:
         return stopped.outcome
     if cell.work == DECODE:
@@ -103,7 +109,7 @@ def measure_pass(cell: Cell) -> Outcome:
         result["peer"] = sides[cell.peer]
         result["ratio"] = asdict(ratio(times[cell.peer], times[OURS]))
     floor = result["roofline"]["floor_seconds"]
-    result["roofline"] |= {"fraction": floor / sorted(times[OURS])[len(times[OURS]) // 2], **asdict(roof)}
+    result["roofline"] |= {"fraction": floor / median(times[OURS]), **asdict(roof)}
     outcome = Outcome(WRONG if reasons else OK, "; ".join(reasons.values()), result)
     if cell.work == FORWARD and min(map(min, times.values())) < GRAPH_BELOW:
         _add_graphs(cell, works, outcome)
@@ -195,6 +201,37 @@ def _add_graphs(cell: Cell, works: dict[str, Callable[[], object]], outcome: Out
     outcome.result["graph"] = {"seconds": times}
     if cell.peer:
         outcome.result["graph"]["ratio"] = asdict(ratio(times[cell.peer], times[OURS]))
+
+
+def measure_tables(cell: Cell) -> Outcome:
+    """Seconds that the block tables of a mask take to be built, once for all calls, over those of a forward pass."""
+    mechanism, instruments = prepared_subject(cell), INSTRUMENTS[cell.device]
+    inputs = normal_inputs(cell)
+    backend = backend_of(mechanism.explain(*inputs))
+    if backend != "triton":
+        raise Unsupported(f"tables are built for the kernels, and {backend} runs here")
+    from efficient_attn.kernels.block_sparse.table import tables
+
+    def forward() -> None:
+        with torch.no_grad():
+            mechanism(*inputs)
+        instruments.synchronize()
+
+    def seconds_of_call() -> float:
+        began = time.perf_counter()
+        forward()
+        return time.perf_counter() - began
+
+    forward()
+    cold, warm = [], []
+    for _ in range(EFFORTS[cell.effort].least):
+        tables.cache_clear()
+        cold.append(seconds_of_call())
+        warm.append(seconds_of_call())
+    forward_seconds = instruments.clock(forward, 1)
+    built = max(0.0, median(cold) - median(warm))
+    share = built / forward_seconds
+    return Outcome(result={"built_seconds": built, "forward_seconds": forward_seconds, "table_share": share})
 
 
 def measure_capacity(cell: Cell) -> Outcome:
