@@ -108,7 +108,7 @@ def remarks(pairs: Pairs) -> str:
         failed = record["status"] not in (OK, WRONG)
         remark = record["reason"] if failed else record["result"]["peer"]["remark"]
         if remark:
-            said[f"{cell.peer}: {remark}"] = None
+            said[remark if remark.startswith(cell.peer) else f"{cell.peer}: {remark}"] = None
     return ". ".join(said)
 
 

@@ -156,7 +156,7 @@ def blamed(name: str) -> Iterator[None]:
     except (Unsupported, Stopped):
         raise
     except Exception as error:
-        raise Stopped(failed(error, name if name == OURS else "theirs")) from None
+        raise Stopped(failed(error, name)) from None
 
 
 def _builders(cell: Cell) -> dict[str, Callable[[Race], Contender]]:

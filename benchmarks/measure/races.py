@@ -98,12 +98,11 @@ def ours_in(given: Race) -> Contender:
 
 
 def times_of(cell: Cell, works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    samplers, seconds_a_round = {}, 0.0
+    samplers, seconds_a_round, effort = {}, 0.0, EFFORTS[cell.effort]
     for name, work in works.items():
-        samplers[name], seconds = warmed_up(work, INSTRUMENTS[cell.device].clock)
+        samplers[name], seconds = warmed_up(work, INSTRUMENTS[cell.device].clock, effort.warm_up)
         seconds_a_round += seconds
-    rounds = EFFORTS[cell.effort].rounds(seconds_a_round)
-    samples = interleaved(samplers, rounds)
+    samples = interleaved(samplers, effort.rounds(seconds_a_round))
     return {name: [float(f"{s:.5g}") for s in each] for name, each in samples.items()}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.cells import BACKWARD, FORWARD, Cell
+from benchmarks.harness.records import WRONG
 from benchmarks.harness.worker import Outcome, Unsupported
 from benchmarks.peers import Race
 from efficient_attn.kernels.configs import SHARED_MEMORY, Config, Key, architecture, size_class
@@ -74,8 +75,6 @@ def tables() -> dict[str, ConfigTable]:
 
 def measure_tuning(cell: Cell, work: str) -> Outcome:
     """The candidates for the kernel `cell.peer`, "family.kernel", timed by the pass `work` of the cell's subject."""
-    from .accelerated import blamed, prepared_subject, strips_of
-
     family, _, kernel = cell.peer.partition(".")
     if family not in (found := tables()):
         raise Unsupported(f"there are no kernels of {family}")
@@ -100,7 +99,25 @@ def measure_tuning(cell: Cell, work: str) -> Outcome:
     if cell.device == "cpu":
         return Outcome(reason="screened, not timed: there is no GPU", result=result)
 
-    timed = replace(cell, work=work)
+    times = times_of_configs(cell, work, table, kernel, key, candidates, rejected)
+    if result[SHIPPED] not in times:
+        return Outcome(WRONG, f"the shipped config is {rejected[result[SHIPPED]]}", result)
+    return Outcome(result=result | judged_by(times, result))
+
+
+def times_of_configs(
+    cell: Cell,
+    work: str,
+    table: ConfigTable,
+    kernel: str,
+    key: Key,
+    candidates: list[Config],
+    rejected: dict[str, str],
+) -> dict[str, list[float]]:
+    """Samples of the pass `work` under each candidate, in turns; one that is wrong goes to `rejected`."""
+    from .accelerated import blamed, prepared_subject, strips_of
+
+    timed, effort = replace(cell, work=work), EFFORTS[cell.effort]
     given = Race(timed, prepared_subject(cell), *normal_inputs(timed, grad=work != FORWARD))
     ours, strips = ours_in(given), strips_of(timed)
     run, samplers, seconds = work_of(ours, work), {}, 0.0
@@ -111,11 +128,10 @@ def measure_tuning(cell: Cell, work: str) -> Outcome:
             if is_wrong(errors, given.q.dtype):
                 rejected[name] = f"wrong: {said(errors)}"
                 continue
-            sampler, cost = warmed_up(run, INSTRUMENTS[cell.device].clock)
+            sampler, cost = warmed_up(run, INSTRUMENTS[cell.device].clock, effort.warm_up)
         samplers[name] = _under(table, kernel, key, config, sampler)
         seconds += cost
-    times = interleaved(samplers, EFFORTS[cell.effort].rounds(seconds))
-    return Outcome(result=result | judged_by(times, result))
+    return interleaved(samplers, effort.rounds(seconds))
 
 
 def judged_by(times: dict[str, list[float]], result: dict[str, Any]) -> dict[str, Any]:
