@@ -66,5 +66,18 @@ TABLE: dict[str, dict[Key, Config]] = {
         ),
     ),
 }
-TABLE["row_gradients"] = TABLE["rows"]
-TABLE["key_gradients"] = TABLE["rows"]
+TABLE["row_gradients"] = TABLE["key_gradients"] = _everywhere(
+    Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=32),
+    _alike(
+        {
+            64: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
+            128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
+            256: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
+        },
+        {
+            64: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
+            128: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
+            256: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16),
+        },
+    ),
+)

@@ -19,19 +19,19 @@ from .states import first_position, keys_alive, load_offset, weight
 
 @triton.jit
 def load_state(states, feature, column, EV: tl.constexpr, M: tl.constexpr):
-    """The rows `feature` of a state: (kv, z)."""
-    kv = load_rows(states, feature, column, EV, M, EV)
-    return kv, load_numbers(states + M * EV, feature, M, 0.0)
+    """The columns `feature` of a state: (kv, z)."""
+    kv = load_rows(states, column, feature, M, EV, M)
+    return kv, load_numbers(states + EV * M, feature, M, 0.0)
 
 
 @triton.jit
-def hide(pairs, row, column, own, peak, own_segment, row_segment, HAS_EXPONENT: tl.constexpr, HAS_SEGMENT: tl.constexpr):
-    """pairs (rows, keys) with the keys' weights, zero where the key comes after the row or in another segment."""
-    seen = column[None, :] <= row[:, None]
+def hide(pairs, position, own, peak, segment, HAS_EXPONENT: tl.constexpr, HAS_SEGMENT: tl.constexpr):
+    """pairs (keys, rows) with the keys' weights, zero where the key comes after the row or in another segment."""
+    seen = position[:, None] <= position[None, :]
     if HAS_SEGMENT:
-        seen = seen & (own_segment[None, :] == row_segment[:, None])
+        seen = seen & (segment[:, None] == segment[None, :])
     if HAS_EXPONENT:
-        return pairs * weight(own[None, :] - peak[:, None], seen)
+        return pairs * weight(own[:, None] - peak[None, :], seen)
     else:
         return tl.where(seen, pairs, 0.0)
 
@@ -166,7 +166,7 @@ def rows_kernel(
                 row_factor = tl.where(row_weight, 1.0, 0.0)
                 key_factor = tl.where(key_weight, 1.0, 0.0)
 
-        sums = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        sums = tl.zeros((BLOCK_V, CHUNK), tl.float32)
         weights = tl.zeros((CHUNK,), tl.float32)
         pairs = tl.zeros((CHUNK, CHUNK), tl.float32)
         after = ()
@@ -176,43 +176,41 @@ def rows_kernel(
             x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
             phi = features(x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
             phi_q = operand(phi, PRECISION)
-            sums = product_split(phi_q, kv, sums, PRECISION)
+            sums = product_split(kv, tl.trans(phi_q), sums, PRECISION)
             weights += tl.sum(phi_q.to(tl.float32) * z[None, :], 1)
             if IS_CAUSAL:
                 y = load_input(k, position, k_row, num_keys, feature, FEATURE, E, BLOCK_X)
                 phi = features(y, moved, alive, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
                 phi_k = operand(phi, PRECISION)
-                pairs = product(phi_q, tl.trans(phi_k), pairs, PRECISION)
+                pairs = product(phi_k, tl.trans(phi_q), pairs, PRECISION)
                 if HAS_EXPONENT or HAS_SEGMENT:
                     phi_k = operand(phi * key_factor[:, None], PRECISION)
                     kv *= old_factor
                     z *= old_factor
-                kv = product(tl.trans(phi_k), value, kv, PRECISION)
+                kv = product(tl.trans(value), phi_k, kv, PRECISION)
                 z += tl.sum(phi_k.to(tl.float32), 0)
             after += ((kv, z),)
         before = after
         if HAS_EXPONENT or HAS_SEGMENT:
-            sums *= row_factor[:, None]
+            sums *= row_factor[None, :]
             weights *= row_factor
         if IS_CAUSAL:
-            pairs = hide(
-                pairs, position, position, own, row_peak, own_segment, own_segment, HAS_EXPONENT, HAS_SEGMENT
-            )
+            pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
             seen = operand(pairs, PRECISION)
-            sums = product(seen, value, sums, PRECISION)
-            weights += tl.sum(seen.to(tl.float32), 1)
+            sums = product(tl.trans(value), seen, sums, PRECISION)
+            weights += tl.sum(seen.to(tl.float32), 0)
 
         if not BEGIN:
-            sums += load_rows(part + at_rows * EV, rows, column, EV, length, EV)
+            sums += tl.trans(load_rows(part + at_rows * EV, rows, column, EV, length, EV))
             weights += load_numbers(part_total + at_rows, rows, length, 0.0)
         if END:
             weights = tl.where(weights < 2.0**-100, float("inf"), weights)
-            exact = sums / weights[:, None]
+            exact = tl.trans(sums / weights[None, :])
             rounded = exact.to(out.dtype.element_ty)
             store_rows(out, rows, column, EV, length, EV, rounded)
             if lost is not None:
                 store_rows(lost + at_rows * EV, rows, column, EV, length, EV, exact - rounded.to(tl.float32))
         else:
-            store_rows(part + at_rows * EV, rows, column, EV, length, EV, sums)
+            store_rows(part + at_rows * EV, rows, column, EV, length, EV, tl.trans(sums))
         if tl.program_id(1) == 0:
             tl.store(total + rows, weights, mask=inside)

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..configs import INTERPRETER, Config, architecture_of, lookup
+from .backward import delta_kernel, key_gradients_kernel, row_gradients_kernel
 from .configs import LONGEST_SPAN, PROGRAMS, SHORTEST_SPAN, TABLE
 from .features import exponents_kernel
 from .forward import rows_kernel
@@ -164,6 +165,35 @@ class Pass:
         self._sum_up(states, position, False)
         return states
 
+    def row_states(self, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
+        """Slot t holds the sum of the rows of span t and all later ones, spans counted from the first row's."""
+        states = self._new_states(self.row_spans)
+        config = self.config("states")
+        blocks = self.blocks(config)
+        row_shift, peak = None, None
+        if self.exponents is not None:
+            row_shift, peak = self.exponents.row_shift, self.exponents.peak
+        row_states_kernel[self._state_grid(self.row_spans, blocks)](
+            self.q, grad, total, delta, self.segment, row_shift, peak, self.projection, states,
+            self.offset, self.scale, *_strides(self.q), *_strides(grad),
+            self.kv_heads, self.length, self.num_keys, self.span, self.row_spans,
+            GROUPS=self.groups, IS_CAUSAL=self.is_causal, **self.shapes, **blocks,
+        )  # fmt: skip
+        number = torch.arange(self.row_spans + 1, device=self.q.device)
+        clamped = self.offset
+        if isinstance(clamped, Tensor):
+            clamped = clamped.clamp(-self.length, self.num_keys)
+        elif self.is_causal:
+            clamped = min(max(clamped, -self.length), self.num_keys)
+        self._sum_up(states, (clamped // self.span + number) * self.span, True)
+        return states
+
+    def part(self, gradient: Tensor, parts: list[dict[str, Any]]) -> Tensor | None:
+        """Where launches that are several add up a gradient."""
+        if len(parts) == 1:
+            return None
+        return torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
+
     def _new_states(self, spans: int) -> Tensor:
         shape = self.batch * self.kv_heads, spans + 1, self.size * (self.values + 1)
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
@@ -247,3 +277,52 @@ def forward(p: Pass, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         )  # fmt: skip
         part_total = weights
     return out, q.new_empty(0) if lost is None else lost, total
+
+
+def backward(
+    p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    grad, delta = _rows(grad), torch.empty_like(total)
+    chunk = 16 if architecture_of(grad.device) == INTERPRETER else 64
+    blocks = triton.cdiv(p.length, chunk)
+    delta_kernel[(p.batch * p.heads * blocks,)](
+        grad, out, lost, delta, *_strides(grad), p.heads, p.length, blocks,
+        EV=p.values, CHUNK=chunk, BLOCK_V=p.padded["BLOCK_V"], num_warps=4,
+    )  # fmt: skip
+    dq = _row_gradients(p, grad, total, delta)
+    return dq, *_key_gradients(p, grad, total, delta)
+
+
+def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
+    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
+    states, config = p.key_states(), p.config("row_gradients")
+    parts = list(p.parts(config))
+    part = p.part(dq, parts)
+    row_shift = None if p.exponents is None else p.exponents.row_shift
+    for features in parts:
+        row_gradients_kernel[(p.batch * p.heads * p.row_spans,)](
+            p.q, p.k, p.v, grad, total, delta, p.valid, p.segment, row_shift, *p.of_keys, p.projection, states,
+            part, dq, p.offset, p.scale,
+            *_strides(p.q), *_strides(p.k), *_strides(p.v), *_strides(grad),
+            p.heads, p.length, p.num_keys, p.span, p.row_spans, p.key_spans + 1,
+            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **p.blocks(config),
+        )  # fmt: skip
+    return dq
+
+
+def _key_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.k, p.v))
+    states, config = p.row_states(grad, total, delta), p.config("key_gradients")
+    parts = list(p.parts(config))
+    part, part_v = p.part(dk, parts), p.part(dv, parts)
+    row_shift = None if p.exponents is None else p.exponents.row_shift
+    for features in parts:
+        key_gradients_kernel[(p.batch * p.kv_heads * p.key_spans,)](
+            p.q, p.k, p.v, grad, total, delta, p.valid, p.segment, row_shift, *p.of_keys, p.projection, states,
+            part, part_v, dk, dv, p.offset, p.scale,
+            *_strides(p.q), *_strides(p.k), *_strides(p.v), *_strides(grad),
+            p.kv_heads, p.length, p.num_keys, p.span, p.key_spans, p.row_spans + 1,
+            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **p.blocks(config),
+        )  # fmt: skip
+    return dk, dv

@@ -46,12 +46,12 @@ def product(x, y, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def product_split(x, y, total, PRECISION: tl.constexpr):
-    """total + x @ y for an operand x and y in fp32, of which the second half of the bits counts too."""
-    high = operand(y, PRECISION)
-    total = product(x, high, total, PRECISION)
+    """total + x @ y for x in fp32, of which the second half of the bits counts too, and an operand y."""
+    high = operand(x, PRECISION)
+    total = product(high, y, total, PRECISION)
     if PRECISION != "ieee":
-        low = operand(y - high.to(tl.float32), PRECISION)
-        total = product(x, low, total, PRECISION)
+        low = operand(x - high.to(tl.float32), PRECISION)
+        total = product(low, y, total, PRECISION)
     return total
 
 

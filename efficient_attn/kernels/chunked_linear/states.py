@@ -1,6 +1,6 @@
 """What spans add to the state, and the running sums of that.
 
-A state holds sum_j phi_j v_j^T (M, EV), then sum_j phi_j (M), in units of 2^u: u is the running maximum of the
+A state (EV + 1, M) holds sum_j v_j phi_j^T, then sum_j phi_j, in units of 2^u: u is the running maximum of the
 exponents at the last position that was summed up, or, for sums over later rows, at the first one. So a unit depends on
 a position, on nothing behind it, and every weight is at most 1.
 """
@@ -97,7 +97,7 @@ def key_states_kernel(
         segment += batch.to(tl.int64) * num_keys
         current = tl.load(segment + stop - 1)
 
-    kv = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    kv = tl.zeros((BLOCK_V, BLOCK_M), tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, stop, CHUNK):
         position = start + tl.arange(0, CHUNK)
@@ -113,13 +113,13 @@ def key_states_kernel(
             phi *= weight(own - unit, alive)[:, None]
         phi = operand(phi, PRECISION)
         value = as_given(load_rows(v, position, column, v_row, num_keys, EV), PRECISION)
-        kv = product(tl.trans(phi), value, kv, PRECISION)
+        kv = product(tl.trans(value), phi, kv, PRECISION)
         z += tl.sum(phi.to(tl.float32), 0)
 
     states += (batch_head.to(tl.int64) * (spans + 1) + number + 1) * (M * (EV + 1))
-    store_rows(states, feature, column, EV, M, EV, kv)
+    store_rows(states, column, feature, M, EV, M, kv)
     if tl.program_id(2) == 0:
-        tl.store(states + M * EV + feature, z, mask=feature < M)
+        tl.store(states + EV * M + feature, z, mask=feature < M)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -147,6 +147,7 @@ def row_states_kernel(
     span,
     spans,
     GROUPS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     FEATURE: tl.constexpr,
     E: tl.constexpr,
     EV: tl.constexpr,
@@ -163,7 +164,7 @@ def row_states_kernel(
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
     feature = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    offset = load_offset(offset, length, num_keys)
+    offset = load_offset(offset, length, num_keys if IS_CAUSAL else num_keys + span)
     first = first_position(offset, span) + number * span
     stop = tl.minimum(first + span, offset + length)
     if shift is not None:
@@ -173,7 +174,7 @@ def row_states_kernel(
         segment += batch.to(tl.int64) * num_keys
         current = load_nearest(segment, first, num_keys)
 
-    kv = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    kv = tl.zeros((BLOCK_V, BLOCK_M), tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, stop, CHUNK):
         position = start + tl.arange(0, CHUNK)
@@ -195,13 +196,13 @@ def row_states_kernel(
             phi = features(x, moved, alive, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
             phi = operand(phi * share[:, None], PRECISION)
             gradient = as_given(load_rows(g_here, rows, column, g_row, length, EV), PRECISION)
-            kv = product(tl.trans(phi), gradient, kv, PRECISION)
+            kv = product(tl.trans(gradient), phi, kv, PRECISION)
             z += tl.sum(phi.to(tl.float32) * load_numbers(delta + at, rows, length, 0.0)[:, None], 0)
 
     states += (batch_head.to(tl.int64) * (spans + 1) + number) * (M * (EV + 1))
-    store_rows(states, feature, column, EV, M, EV, kv)
+    store_rows(states, column, feature, M, EV, M, kv)
     if tl.program_id(2) == 0:
-        tl.store(states + M * EV + feature, z, mask=feature < M)
+        tl.store(states + EV * M + feature, z, mask=feature < M)
 
 
 @triton.jit
