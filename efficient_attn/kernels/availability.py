@@ -16,7 +16,8 @@ MAX_HEAD_DIM = 256
 def interpreted() -> bool:
     """Whether Triton, if anybody has imported it, runs kernels in its interpreter, on CPU tensors."""
     triton = sys.modules.get("triton")
-    return triton is not None and triton.knobs.runtime.interpret
+    # Not its setting, which torch.compile cannot trace, but what became of its own functions when it was imported.
+    return triton is not None and type(triton.language.zeros).__name__ == "InterpretedFunction"
 
 
 def refusals(device: torch.device, dtype: torch.dtype, *head_dims: int) -> list[str]:

@@ -130,6 +130,7 @@ def judge_output(
     within_budget(out, by_matrix(m, *inputs, masks), truth, what)
 
 
-def drawn(m: Mechanism, dtype: torch.dtype, *lengths: int, **options: int) -> list[Tensor]:
-    """Random q, k and v that fit `m`."""
-    return [here(x) for x in sample(m, *lengths, dtype=dtype, **options)]
+def drawn(m: Mechanism, dtype: torch.dtype, *lengths: int, kv_heads: int = 1, **options: int) -> list[Tensor]:
+    """Random q, k and v that fit `m`, two heads of q over each of the others; two of these if a law asks."""
+    q, k, v = sample(m, *lengths, dtype=dtype, **options)
+    return [here(q[:, : 2 * kv_heads]), here(k[:, :kv_heads]), here(v[:, :kv_heads])]

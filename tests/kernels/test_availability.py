@@ -38,13 +38,14 @@ def served() -> Iterator[Any]:
 SERVED = list(served())
 
 
-def stand_in(interpret: bool) -> Any:
-    """For Triton, imported, of which only one setting is looked at."""
+def stand_in(kind: str) -> Any:
+    """For Triton, imported, of which only what became of a function is looked at."""
+    zeros = type(kind, (), {})()
     spec = importlib.machinery.ModuleSpec("triton", None)
-    return SimpleNamespace(__spec__=spec, knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=interpret)))
+    return SimpleNamespace(__spec__=spec, language=SimpleNamespace(zeros=zeros))
 
 
-COMPILING, INTERPRETING = stand_in(False), stand_in(True)
+COMPILING, INTERPRETING = stand_in("JITFunction"), stand_in("InterpretedFunction")
 
 
 @pytest.fixture

@@ -24,10 +24,9 @@ def kernel_repeats_bit_for_bit(mechanism: Mechanism) -> int:
     inputs = drawn(m, torch.float32)
     first = run(partial(m, key_mask=mask), inputs)
     m(*drawn(m, torch.float32, 20))
-    for _ in range(2):
-        for name, a, b in zip(NAMES, run(partial(m, key_mask=mask), inputs), first, strict=True):
-            expect_identical(a, b, f"{name} again")
-    return 2
+    for name, a, b in zip(NAMES, run(partial(m, key_mask=mask), inputs), first, strict=True):
+        expect_identical(a, b, f"{name} again")
+    return 1
 
 
 @law()

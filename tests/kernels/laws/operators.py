@@ -73,26 +73,32 @@ def kernel_respects_autocast(mechanism: Mechanism) -> int:
 
 @law()
 def kernel_compiles_to_one_graph(mechanism: Mechanism) -> int:
-    """torch.compile(fullgraph=True, dynamic=True) gives every length the same bits from one graph, checkpointed too."""
+    """torch.compile(fullgraph=True, dynamic=True) gives every length the same bits from one graph."""
     m = on_the_kernel(mechanism, torch.float32)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled: Any = torch.compile(m, backend=counter, fullgraph=True, dynamic=True)
-    for length in (LENGTH, 24):
+    for length in (20, 17):
         inputs, mask = drawn(m, torch.float32, length), gaps(length)
         expected = run(lambda *x, mask=mask: m(*x, key_mask=mask), inputs)
-        for way in ("compiled", "compiled and checkpointed"):
-
-            def call(*x: Tensor, mask: Tensor = mask, way: str = way) -> Tensor:
-                if way == "compiled":
-                    return compiled(*x, key_mask=mask)
-                return checkpoint(compiled, *x, key_mask=mask, use_reentrant=False)  # type: ignore[return-value]
-
-            for name, a, b in zip(NAMES, run(call, inputs), expected, strict=True):
-                expect_identical(a, b, f"{name} {way}, length {length}")
+        for name, a, b in zip(
+            NAMES, run(lambda *x, mask=mask: compiled(*x, key_mask=mask), inputs), expected, strict=True
+        ):
+            expect_identical(a, b, f"{name}, length {length}")
     expect(counter.frame_count == 1, f"{counter.frame_count} graphs for two lengths")
     torch._dynamo.reset()
-    return 4
+    return 2
+
+
+@law()
+def kernel_runs_again_under_checkpointing(mechanism: Mechanism) -> int:
+    """Activation checkpointing changes no bit of outputs and gradients."""
+    m = on_the_kernel(mechanism, torch.float32)
+    inputs = drawn(m, torch.float32, 20)
+    again = run(lambda *x: checkpoint(m, *x, use_reentrant=False), inputs)
+    for name, a, b in zip(NAMES, again, run(m, inputs), strict=True):
+        expect_identical(a, b, f"{name} under checkpointing")
+    return 1
 
 
 class _Calls(TorchDispatchMode):
@@ -111,7 +117,7 @@ class _Calls(TorchDispatchMode):
 @law()
 def kernel_passes_opcheck(mechanism: Mechanism) -> int:
     """torch's own checks of an operator's schema, fake implementation and autograd hold for all that are called."""
-    m, length = on_the_kernel(mechanism, torch.float32), 19
+    m, length = on_the_kernel(mechanism, torch.float32), 9
     checked = set()
     for masks in ({}, {"key_mask": gaps(length)}):
         with _Calls() as calls:
