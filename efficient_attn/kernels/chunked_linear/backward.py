@@ -205,7 +205,9 @@ def row_gradients_kernel(
                 row_factor *= weight(old_unit - row_peak, inside)
                 old_factor *= tl.exp2(tl.minimum(old_unit - unit, 0.0))
             if HAS_EXPONENT or HAS_SEGMENT:
-                key_factor = weight(own - unit, key_weight) if HAS_EXPONENT else tl.where(key_weight, 1.0, 0.0)
+                key_factor = (
+                    weight(own - unit, key_weight) if HAS_EXPONENT else tl.where(key_weight, 1.0, 0.0)
+                )
             pairs = tl.zeros((CHUNK, CHUNK), tl.float32) + w[None, :]
             pairs = product(value, tl.trans(gradient), pairs, PRECISION)
             pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
@@ -231,11 +233,15 @@ def row_gradients_kernel(
                 z += tl.sum(phi_k.to(tl.float32), 0)
             after += ((kv, z),)
             x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            phi = features(
+                x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
+            )
             h = pulled_back(x, phi, tl.trans(d), row_moved, scale, FEATURE)
             if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
                 # What |x|^2 adds is nothing: a row's outputs do not depend on the scale of its features.
-                projected = through_projection(projected, h, projection, feature, FEATURE, E, M, BLOCK_X, PRECISION)
+                projected = through_projection(
+                    projected, h, projection, feature, FEATURE, E, M, BLOCK_X, PRECISION
+                )
             else:
                 store_rows(dq + at_rows * E, rows, feature, E, length, E, h * scale)
         before = after
@@ -383,7 +389,9 @@ def key_gradients_kernel(
             phi_k = operand(phi, PRECISION)
             read = product_split(kv, tl.trans(phi_k), tl.zeros((BLOCK_V, CHUNK), tl.float32), PRECISION)
             d_value += read * key_factor[None, :]
-            d = product_split(tl.trans(kv), tl.trans(value), tl.zeros((BLOCK_M, CHUNK), tl.float32), PRECISION)
+            d = product_split(
+                tl.trans(kv), tl.trans(value), tl.zeros((BLOCK_M, CHUNK), tl.float32), PRECISION
+            )
             d = tl.trans((d + z[:, None]) * key_factor[None, :])
             if IS_CAUSAL:
                 kv *= old_factor
@@ -424,7 +432,9 @@ def key_gradients_kernel(
             earlier += ((kv, z),)
             h = pulled_back(y, phi, tl.where(alive[:, None], d, 0.0), moved, 1.0, FEATURE)
             if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
-                projected = through_projection(projected, h, projection, feature, FEATURE, E, M, BLOCK_X, PRECISION)
+                projected = through_projection(
+                    projected, h, projection, feature, FEATURE, E, M, BLOCK_X, PRECISION
+                )
                 sums += tl.sum(h, 1)
             else:
                 store_rows(dk + at_keys * E, position, feature, E, num_keys, E, h)

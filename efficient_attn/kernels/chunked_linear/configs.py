@@ -29,18 +29,18 @@ def _alike(two: dict[int, Config], four: dict[int, Config]) -> dict[Key, Config]
     return table
 
 
-_INTERPRETED = Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=32, BLOCK_V=16)
+_INTERPRETED = Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=32)
 
 TABLE: dict[str, dict[Key, Config]] = {
     "exponents": _everywhere(
-        Config.of(4, 1, CHUNK=16, BLOCK_M=16),
+        Config.of(4, 1, CHUNK=16, BLOCK_M=32),
         _alike(
             {size: Config.of(4, 2, CHUNK=64, BLOCK_M=64) for size in (64, 128, 256)},
             {size: Config.of(4, 2, CHUNK=32, BLOCK_M=32) for size in (64, 128, 256)},
         ),
     ),
     "states": _everywhere(
-        Config.of(4, 1, CHUNK=16, BLOCK_M=16, BLOCK_V=16),
+        Config.of(4, 1, CHUNK=16, BLOCK_M=32, BLOCK_V=32),
         _alike(
             {
                 64: Config.of(4, 2, CHUNK=64, BLOCK_M=64, BLOCK_V=64),
@@ -67,7 +67,7 @@ TABLE: dict[str, dict[Key, Config]] = {
     ),
 }
 TABLE["row_gradients"] = TABLE["key_gradients"] = _everywhere(
-    Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=32),
+    Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
     _alike(
         {
             64: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),

@@ -38,7 +38,9 @@ def _projected(
 
 
 @triton.jit
-def load_input(x, rows, stride, length, feature, FEATURE: tl.constexpr, E: tl.constexpr, BLOCK_X: tl.constexpr):
+def load_input(
+    x, rows, stride, length, feature, FEATURE: tl.constexpr, E: tl.constexpr, BLOCK_X: tl.constexpr
+):
     """What the features `feature` of these rows are made of: (rows, BLOCK_X), or one column a feature."""
     if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
         return load_rows(x, rows, tl.arange(0, BLOCK_X), stride, length, E)

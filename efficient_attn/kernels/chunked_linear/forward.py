@@ -174,7 +174,9 @@ def rows_kernel(
             kv, z = before[block]
             feature = first_feature + block * BLOCK_M + tl.arange(0, BLOCK_M)
             x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            phi = features(
+                x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
+            )
             phi_q = operand(phi, PRECISION)
             sums = product_split(kv, tl.trans(phi_q), sums, PRECISION)
             weights += tl.sum(phi_q.to(tl.float32) * z[None, :], 1)

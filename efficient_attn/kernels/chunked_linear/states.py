@@ -206,7 +206,9 @@ def row_states_kernel(
 
 
 @triton.jit
-def running_sum_kernel(states, factors, slots, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def running_sum_kernel(
+    states, factors, slots, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+):
     """states[t] += states[t - 1] * factors[t], from the first slot, which is cleared; or from the last one back."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE

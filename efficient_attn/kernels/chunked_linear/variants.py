@@ -28,7 +28,9 @@ def _precision(element: str) -> str:
     return {"bf16": "bf16", "fp16": "tf32", "fp32": "ieee"}[element]
 
 
-def build(kernel: Any, name: str, arch: int, element: str, feature: str, width: int, size: int, **extra: Any) -> Variant:
+def build(
+    kernel: Any, name: str, arch: int, element: str, feature: str, width: int, size: int, **extra: Any
+) -> Variant:
     """The launch of `kernel` for heads of `width`, with the config of that name."""
     bytes_ = 2 if element == "bf16" else 4
     key = arch if arch in ARCHITECTURES else 86, bytes_, next(s for s in (64, 128, 256) if width <= s)
@@ -39,7 +41,12 @@ def build(kernel: Any, name: str, arch: int, element: str, feature: str, width: 
     constants |= {"BLOCK_X": width, "NUM_BLOCKS": -(-features // block), "E": width, "EV": width, "M": size}
     constants.setdefault("BLOCK_V", width)
     constants["BLOCK_V"] = min(constants["BLOCK_V"], width)
-    constants |= {"BEGIN": features == size, "END": True, "FEATURE": feature, "PRECISION": _precision(element)}
+    constants |= {
+        "BEGIN": features == size,
+        "END": True,
+        "FEATURE": feature,
+        "PRECISION": _precision(element),
+    }
     constants |= {"GROUPS": 1, "IS_CAUSAL": True, "REVERSE": False, **extra}
     favor, exponent = feature.startswith("favor"), feature in ("favor_softmax", "exp", "squared_relu")
     absent = {"valid", "segment", "factors"}
@@ -69,5 +76,7 @@ def build(kernel: Any, name: str, arch: int, element: str, feature: str, width: 
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         has_dot=kernel.__name__ not in ("running_sum_kernel", "delta_kernel"),
-        multiples=[name for name in signature if name.split("_")[-1] in _ALIGNED and signature[name] == "i32"],
+        multiples=[
+            name for name in signature if name.split("_")[-1] in _ALIGNED and signature[name] == "i32"
+        ],
     )
