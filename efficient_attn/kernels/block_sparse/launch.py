@@ -159,7 +159,8 @@ class Walk:
     def launch(self, kernel: Any, heads: int, arguments: dict[str, Any]) -> None:
         programs = self.arguments["PROGRAMS"] * heads * self.batch
         if programs:
-            kernel[(programs,)](**arguments, **self.arguments)
+            arguments = arguments | self.arguments
+            kernel[(programs,)](**arguments, WIDE=_is_wide(arguments))
 
     def merges(self, heads: int, names: tuple[str, ...]) -> tuple[tuple[int], dict[str, Any]] | None:
         """The grid and the arguments of the kernel that merges the slots; None if no block was cut."""
@@ -174,6 +175,15 @@ _PLACE = ("ANCHOR", "HAS_ANCHOR", "ROWS", "HAS_ROWS", "OFFSET", "OFFSET_ON_DEVIC
 _KEYS = ("STEP", "RUN", "KEY_START", "GATHERED")
 
 
+def _is_wide(arguments: dict[str, Any]) -> bool:
+    """Whether a block reaches over 2^31 elements: then distances inside it take 64 bits."""
+    rows = max(arguments["BLOCK_Q"], arguments["BLOCK_K"]) + arguments["RUN"]
+    widest = max(
+        arguments.get(name, 0) for name in ("stride_ql", "stride_ks", "stride_vs", "stride_gl", "E", "EV")
+    )
+    return rows * arguments["STEP"] * widest >= 1 << 31
+
+
 def block_width(width: int) -> int:
     """The columns of a tile that holds `width` of them."""
     return max(16, triton.next_power_of_2(width))
@@ -185,7 +195,9 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 def strides(name: str, axis: str, x: Tensor) -> dict[str, int]:
     """The strides of the first three dimensions, as the kernels name them."""
-    return dict(zip((f"stride_{name}b", f"stride_{name}h", f"stride_{name}{axis}"), x.stride()[:3], strict=True))
+    return dict(
+        zip((f"stride_{name}b", f"stride_{name}h", f"stride_{name}{axis}"), x.stride()[:3], strict=True)
+    )
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -243,7 +255,9 @@ def _row_gradients(call: Call, rows: dict[str, Any]) -> Tensor:
             merges = walk.merges(heads, ())
             if merges is not None:
                 place = {"STEP": 1, "RUN": 1, "KEY_START": 0, "GATHERED": False}
-                _add_slots(call, merges, dq, slot_dq, config["BLOCK_Q"], number > 0, by_key=False, place=place)
+                _add_slots(
+                    call, merges, dq, slot_dq, config["BLOCK_Q"], number > 0, by_key=False, place=place
+                )
     return dq.to(call.q.dtype)
 
 
@@ -263,7 +277,9 @@ def _key_gradients(call: Call, rows: dict[str, Any]) -> tuple[Tensor, Tensor]:
             merges = walk.merges(heads, _KEYS)
             if merges is not None:
                 for target, slot in zip((dk, dv), slots, strict=True):
-                    _add_slots(call, merges, target, slot, config["BLOCK_K"], number > 0, by_key=True, place={})
+                    _add_slots(
+                        call, merges, target, slot, config["BLOCK_K"], number > 0, by_key=True, place={}
+                    )
     return dk.to(call.q.dtype), dv.to(call.q.dtype)
 
 

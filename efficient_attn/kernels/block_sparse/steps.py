@@ -14,6 +14,9 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Stands for a maximum over nothing: finite, so that weights of such a row are zero rather than NaN."""
 
+CHANGING = ("OFFSET", "SEED", "THRESHOLD", "BACK", "AHEAD", "NUM_SINKS", "SINKS_AHEAD", "KEY_START")
+"""Arguments for whose values no kernel is compiled anew."""
+
 _FAR = tl.constexpr(1 << 20)
 
 
@@ -60,31 +63,52 @@ def residue_view(residue, offset, step, num_rows, num_keys):
 
 
 @triton.jit
-def key_index(number, start, STEP, RUN, GATHERED: tl.constexpr):
-    """Where key `number` of a view stands: one of every `STEP`, or `RUN` adjacent ones of every `STEP`."""
+def key_place(number, within, start, STEP, RUN, GATHERED: tl.constexpr, WIDE: tl.constexpr):
+    """Where the keys `number + within` of a view stand: (index of the first one, distances of the others from it).
+
+    A view takes one key of every `STEP` from `start` on, or `RUN` adjacent ones of every `STEP`. Distances are int32
+    unless WIDE, and the same for every block of a view that is not GATHERED.
+    """
     number = number.to(tl.int64)
+    if WIDE:
+        within = within.to(tl.int64)
     if GATHERED:
-        return start + number // RUN * STEP + number % RUN
-    return start + number * STEP
+        first = start + number // RUN * STEP + number % RUN
+        index = start + (number + within) // RUN * STEP + (number + within) % RUN
+        return first, (index - first).to(within.dtype)
+    return start + number * STEP, within * STEP
 
 
 @triton.jit
-def load_rows(base, index, stride, column, valid, width, BOUNDED: tl.constexpr, EVEN: tl.constexpr):
-    """Rows `index` of a matrix as a tile (rows, columns); zero where not `valid`, and beyond `width` unless EVEN."""
-    address = base + index[:, None] * stride + column[None, :]
-    if BOUNDED and EVEN:
-        return tl.load(address, mask=valid[:, None], other=0.0)
-    if BOUNDED:
-        return tl.load(address, mask=valid[:, None] & (column < width)[None, :], other=0.0)
+def precede(first, within, count):
+    """Which of the indices `first + within` come before `count`."""
+    return within < tl.minimum(tl.maximum(count - first, 0), 1 << 30).to(within.dtype)
+
+
+@triton.jit
+def spread(number, step, WIDE: tl.constexpr):
+    """Distances of rows that lie `step` apart, in int32 unless WIDE."""
+    if WIDE:
+        return number.to(tl.int64) * step
+    return number * step
+
+
+@triton.jit
+def load_rows(base, first, within, stride, column, valid, width, EVEN: tl.constexpr):
+    """Rows `first + within` of a matrix as a tile (rows, columns); zero where not `valid`.
+
+    Also zero beyond `width` columns, unless they are known to be EVEN: as many as the tile has.
+    """
+    address = base + first * stride + ((within * stride)[:, None] + column[None, :])
     if EVEN:
-        return tl.load(address)
-    return tl.load(address, mask=(column < width)[None, :], other=0.0)
+        return tl.load(address, mask=valid[:, None], other=0.0)
+    return tl.load(address, mask=valid[:, None] & (column < width)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(base, index, stride, column, valid, width, value):
-    """The tile `value` into rows `index`, where `valid`."""
-    address = base + index[:, None] * stride + column[None, :]
+def store_rows(base, first, within, stride, column, valid, width, value):
+    """The tile `value` into rows `first + within`, where `valid`."""
+    address = base + first * stride + ((within * stride)[:, None] + column[None, :])
     mask = valid[:, None] & (column < width)[None, :]
     tl.store(address, value.to(base.dtype.element_ty), mask=mask)
 
@@ -105,9 +129,11 @@ def band_allows(row, key, shift, sink_stop, BACK, AHEAD, SINKS_AHEAD, SINKS: tl.
 @triton.jit
 def pattern_allows(PATTERNS, pattern, row, key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """Pairs of a partial block, from the bits of its pattern."""
-    words = PATTERNS + pattern.to(tl.int64) * (BLOCK_Q * BLOCK_K // 32)
-    word = tl.load(words + (row * (BLOCK_K // 32) + key // 32))
-    return ((word >> (key % 32)) & 1) != 0
+    words = PATTERNS + pattern.to(tl.int64) * (BLOCK_Q * BLOCK_K // 32) + row * (BLOCK_K // 32)
+    bits = tl.load(words) >> (key % 32)
+    for word in tl.static_range(1, BLOCK_K // 32):
+        bits = tl.where(key // 32 == word, tl.load(words + word) >> (key % 32), bits)
+    return (bits & 1) != 0
 
 
 @triton.jit

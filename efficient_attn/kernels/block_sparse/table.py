@@ -89,7 +89,9 @@ def _candidates(
         block, chosen = fresh.nonzero()[:, 0], spans[fresh]
         count = chosen[:, 1] - chosen[:, 0]
         owner = torch.repeat_interleave(block, count)
-        within = torch.arange(len(owner), device=device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        within = torch.arange(len(owner), device=device) - torch.repeat_interleave(
+            count.cumsum(0) - count, count
+        )
         key = torch.repeat_interleave(chosen[:, 0], count) + within
         code = torch.unique(owner * width + key)
         owner, key = code // width, code % width

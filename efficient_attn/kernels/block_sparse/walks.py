@@ -28,7 +28,14 @@ def item_walk(ITEMS, program):
     item = ITEMS + program * 6
     partial = tl.load(item + 3)
     number = tl.load(item + 4) - partial
-    return tl.load(item).to(tl.int64), partial, number, tl.load(item + 1), tl.load(item + 2), tl.load(item + 5)
+    return (
+        tl.load(item).to(tl.int64),
+        partial,
+        number,
+        tl.load(item + 1),
+        tl.load(item + 2),
+        tl.load(item + 5),
+    )
 
 
 @triton.jit
@@ -101,22 +108,30 @@ def row_walk(
 
 @triton.jit
 def row_block(
-    step, position, anchor, full_up, low, before, beside, early, sink_low, late_low, BLOCKS, PATTERN, PATTERNS,
-    BACK, AHEAD, NUM_SINKS, SINKS_AHEAD,
+    step, masked, full_low, full_up, low, before, beside, early, sink_low, late_low, BLOCKS,
+    TABLE: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """The block of keys at `step`: the masked ones come first."""
+    full = full_low + step - masked
+    if TABLE:
+        return tl.load(BLOCKS + tl.where(step < masked, low + step, full))
+    block = band_block(step, full_up, low, before, beside, early, sink_low, late_low, SINKS)
+    return tl.where(step < masked, block, full)
+
+
+@triton.jit
+def row_pairs(
+    step, block, position, anchor, low, PATTERN, PATTERNS, BACK, AHEAD, NUM_SINKS, SINKS_AHEAD,
     TABLE: tl.constexpr, SINKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The masked block of keys at `step`, and which pairs of it count: a tile (rows, keys)."""
+    """Which pairs of a masked block count: a tile (rows, keys)."""
     row, key = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if TABLE:
-        block = tl.load(BLOCKS + low + step)
-        seen = pattern_allows(PATTERNS, tl.load(PATTERN + low + step), row, key, BLOCK_Q, BLOCK_K)
-    else:
-        block = band_block(step, full_up, low, before, beside, early, sink_low, late_low, SINKS)
-        first = block * BLOCK_K
-        seen = band_allows(
-            row, key, first - position, anchor + NUM_SINKS - first, BACK, AHEAD, SINKS_AHEAD, SINKS
-        )
-    return block, seen
+        return pattern_allows(PATTERNS, tl.load(PATTERN + low + step), row, key, BLOCK_Q, BLOCK_K)
+    first = tl.cast(block, tl.int64) * BLOCK_K
+    return band_allows(
+        row, key, first - position, anchor + NUM_SINKS - first, BACK, AHEAD, SINKS_AHEAD, SINKS
+    )
 
 
 @triton.jit
@@ -148,16 +163,22 @@ def key_walk(
 
 
 @triton.jit
-def key_block(
-    step, number, start, full_up, low, before, BLOCKS, PATTERN, PATTERNS, BACK, AHEAD,
+def key_block(step, masked, full_low, full_up, low, before, BLOCKS, TABLE: tl.constexpr):
+    """The block of rows at `step`: the masked ones come first."""
+    full = full_low + step - masked
+    if TABLE:
+        return tl.load(BLOCKS + tl.where(step < masked, low + step, full))
+    return tl.where(step < masked, tl.where(step < before, low + step, full_up + step - before), full)
+
+
+@triton.jit
+def key_pairs(
+    step, block, number, start, low, PATTERN, PATTERNS, BACK, AHEAD,
     TABLE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The masked block of rows at `step`, and which pairs of it count: a tile (keys, rows)."""
+    """Which pairs of a masked block count: a tile (keys, rows)."""
     row, key = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
     if TABLE:
-        block = tl.load(BLOCKS + low + step)
-        seen = pattern_allows(PATTERNS, tl.load(PATTERN + low + step), row, key, BLOCK_Q, BLOCK_K)
-    else:
-        block = tl.where(step < before, low + step, full_up + step - before)
-        seen = band_allows(row, key, number - start - block * BLOCK_Q, 0, BACK, AHEAD, 0, False)
-    return block, seen
+        return pattern_allows(PATTERNS, tl.load(PATTERN + low + step), row, key, BLOCK_Q, BLOCK_K)
+    first = tl.cast(block, tl.int64) * BLOCK_Q
+    return band_allows(row, key, number - start - first, 0, BACK, AHEAD, 0, False)
