@@ -33,8 +33,10 @@ def refusals(device: torch.device, dtype: torch.dtype, *head_dims: int) -> list[
         reasons = [f"runs on NVIDIA GPUs, not {device.type}"]
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         reasons.append(f"does not take {dtype}")
-    if (largest := max(head_dims, default=0)) > MAX_HEAD_DIM:
-        reasons.append(f"takes head sizes up to {MAX_HEAD_DIM}, not {largest}")
+    # A loop, because torch.compile does not trace `max` with a default.
+    reasons += [
+        f"takes head sizes up to {MAX_HEAD_DIM}, not {size}" for size in head_dims if size > MAX_HEAD_DIM
+    ]
     return reasons
 
 

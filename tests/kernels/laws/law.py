@@ -14,6 +14,9 @@ LAWS: dict[str, Law] = {}
 
 DTYPES = (torch.float32, torch.float16)
 
+SHORT = 20
+"""Tokens that cross one edge of the interpreter's blocks; the other length of the laws crosses two."""
+
 
 def law(applies: Callable[[Mechanism], bool] = lambda m: True) -> Callable[[Callable], Callable]:
     """Register a function of a mechanism as a law of kernels; its docstring is the statement."""

@@ -12,7 +12,7 @@ from efficient_attn.testing.laws.law import expect, expect_identical
 from efficient_attn.testing.sampling import LENGTH
 
 from ..judging import NAMES, by_matrix, drawn, gaps, here, judge, judge_masked, on_the_kernel, run
-from .law import DTYPES, law
+from .law import DTYPES, SHORT, law
 
 
 def _alike(results: list[Tensor], expected: list[Tensor], what: str) -> None:
@@ -104,8 +104,8 @@ def kernel_sends_no_gradient_to_the_future(mechanism: Mechanism) -> int:
 @law()
 def kernel_ignores_masked_content(mechanism: Mechanism) -> int:
     """Whatever stands at masked keys, NaN and Inf too, outputs and gradients are bit-identical."""
-    m, mask = on_the_kernel(mechanism, torch.float32), gaps(LENGTH)
-    q, k, v = drawn(m, torch.float32)
+    m, mask = on_the_kernel(mechanism, torch.float32), gaps(SHORT)
+    q, k, v = drawn(m, torch.float32, SHORT)
     results = []
     for content in (0.0, torch.nan, torch.inf):
         filled = [x.masked_fill(~mask[:, None, :, None], content) for x in (k, v)]
@@ -119,9 +119,9 @@ def kernel_ignores_masked_content(mechanism: Mechanism) -> int:
 def kernel_gives_zero_for_nothing(mechanism: Mechanism) -> int:
     """A row without a valid key gives zeros and zero gradients, beside a row that is whole."""
     for dtype in DTYPES:
-        m, mask = on_the_kernel(mechanism, dtype), here(torch.ones(2, LENGTH, dtype=torch.bool))
+        m, mask = on_the_kernel(mechanism, dtype), here(torch.ones(2, SHORT, dtype=torch.bool))
         mask[1] = False
-        for name, x in zip(NAMES, run(partial(m, key_mask=mask), drawn(m, dtype)), strict=True):
+        for name, x in zip(NAMES, run(partial(m, key_mask=mask), drawn(m, dtype, SHORT)), strict=True):
             expect(bool(torch.isfinite(x).all()), f"{name} is not finite, {dtype}")
             expect(bool((x[1] == 0).all()), f"{name} of a fully masked row is not zero, {dtype}")
             expect(bool((x[0] != 0).any()), f"{name} of a whole row is zero, {dtype}")
@@ -134,9 +134,9 @@ def kernel_keeps_rows_apart(mechanism: Mechanism) -> int:
     m = on_the_kernel(mechanism, torch.float32)
     results = []
     for factor in (1.0, torch.nan):
-        inputs = drawn(m, torch.float32, kv_heads=2)
+        inputs = drawn(m, torch.float32, SHORT, kv_heads=2)
         for x in inputs:
             x[1] *= factor
-        results.append([x[0] for x in run(partial(m, key_mask=gaps(LENGTH)), inputs)])
+        results.append([x[0] for x in run(partial(m, key_mask=gaps(SHORT)), inputs)])
     _alike(results[1], results[0], "a row beside a neighbour of NaN")
     return 1

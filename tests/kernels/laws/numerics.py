@@ -11,19 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.counting import untouched_rng
 from efficient_attn.testing.laws.law import expect, expect_identical
-from efficient_attn.testing.sampling import LENGTH
 
 from ..judging import NAMES, drawn, gaps, here, judge, judge_output, on_the_kernel, run
-from .law import DTYPES, law
+from .law import DTYPES, SHORT, law
 
 
 @law()
 def kernel_repeats_bit_for_bit(mechanism: Mechanism) -> int:
     """The same call gives the same bits from memory that held anything, whatever was called in between."""
-    m, mask = on_the_kernel(mechanism, torch.float32), gaps(LENGTH)
-    inputs = drawn(m, torch.float32)
+    m, mask = on_the_kernel(mechanism, torch.float32), gaps(SHORT)
+    inputs = drawn(m, torch.float32, SHORT)
     first = run(partial(m, key_mask=mask), inputs)
-    m(*drawn(m, torch.float32, 20))
+    m(*drawn(m, torch.float32, 9))
     for name, a, b in zip(NAMES, run(partial(m, key_mask=mask), inputs), first, strict=True):
         expect_identical(a, b, f"{name} again")
     return 1
@@ -36,7 +35,7 @@ def kernel_stays_finite(mechanism: Mechanism) -> int:
     for dtype in DTYPES:
         m = on_the_kernel(mechanism, dtype)
         for factor in (x for x in (1000.0, 65504.0) if x <= m.largest_input):
-            inputs = [(x.clamp(-1, 1) * factor).to(dtype) for x in drawn(m, torch.float64)]
+            inputs = [(x.clamp(-1, 1) * factor).to(dtype) for x in drawn(m, torch.float64, SHORT)]
             leaves = [x.requires_grad_() for x in inputs]
             out = m(*leaves)
             expect(bool(torch.isfinite(out).all()), f"output at scale {factor:g}, {dtype}")
@@ -61,7 +60,7 @@ def kernel_cancels_nothing_far_from_zero(mechanism: Mechanism) -> int:
 def kernel_leaves_random_state_alone(mechanism: Mechanism) -> int:
     """Without dropout no random number is drawn; what is computed in inference mode has the same bits."""
     m = on_the_kernel(mechanism, torch.float32)
-    inputs = drawn(m, torch.float32)
+    inputs = drawn(m, torch.float32, SHORT)
     with untouched_rng("in evaluation"):
         first = m(*inputs)
     with torch.inference_mode():
@@ -83,10 +82,10 @@ def _dropping(mechanism: Mechanism, p: float) -> Mechanism:
 def kernel_drops_its_share(mechanism: Mechanism) -> int:
     """Dropout keeps a share of 1 - p within five standard deviations, each 1 / (1 - p) as large; a seed repeats it."""
     m = _dropping(mechanism, 0.3)
-    q, k, _ = drawn(m, torch.float32)
+    q, k, _ = drawn(m, torch.float32, SHORT)
     weights = m.matrix(q, k)
     # With one-hot values the output is the matrix after dropout.
-    v = here(torch.eye(LENGTH)).expand(*k.shape[:2], -1, -1)
+    v = here(torch.eye(SHORT)).expand(*k.shape[:2], -1, -1)
     pairs = kept = 0
     outputs = []
     for seed in (0, 0, 1, 2):
@@ -110,8 +109,8 @@ def kernel_drops_its_share(mechanism: Mechanism) -> int:
 def kernel_drops_alike_backwards(mechanism: Mechanism) -> int:
     """The gradients under dropout are those of the weights that were kept, and the same under checkpointing."""
     m = _dropping(mechanism, 0.3)
-    q, k, v = (x.requires_grad_() for x in drawn(m, torch.float32))
-    eye = here(torch.eye(LENGTH)).expand(*k.shape[:2], -1, -1)
+    q, k, v = (x.requires_grad_() for x in drawn(m, torch.float32, SHORT))
+    eye = here(torch.eye(SHORT)).expand(*k.shape[:2], -1, -1)
     torch.manual_seed(3)
     with torch.no_grad():
         kept = m(q, k, eye) != 0
