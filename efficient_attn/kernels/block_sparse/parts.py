@@ -111,7 +111,7 @@ def as_band(mask: Mask) -> Band | None:
         # A bound on how far back would cut the sinks as well, which no band says.
         if bound is None or bound.sinks or (band.sinks and bound.back < UNBOUNDED):
             continue
-        ahead = min(band.sinks_ahead, bound.ahead)
+        ahead = min(band.sinks_ahead, bound.ahead) if band.sinks else UNBOUNDED
         return Band(min(band.back, bound.back), min(band.ahead, bound.ahead), band.sinks, ahead)
     return None
 

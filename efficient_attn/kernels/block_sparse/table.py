@@ -17,8 +17,8 @@ from ...masks import Mask
 
 _ROWS_AT_ONCE = 1 << 16
 _PAIRS_AT_ONCE = 1 << 24
-_LEAST_LIMIT = 32
-"""Blocks that one program always takes: a row is cut only where it has more, and far more than the average row."""
+_LEAST_LIMIT, _TIMES_MEAN = 32, 4
+"""A row of blocks is cut among programs where it has more than the one, and more than so many times the average."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _walk(block: Tensor, other: Tensor, pattern: Tensor, patterns: Tensor, first
     ends = counts.cumsum(0)
     bounds = torch.stack([ends - counts, ends], 1).view(-1, 4).cpu()
     sizes = counts.view(-1, 2).sum(1)
-    limit = max(_LEAST_LIMIT, 4 * -(-len(block) // max(1, last - first)))
+    limit = max(_LEAST_LIMIT, _TIMES_MEAN * -(-len(block) // max(1, last - first)))
     long = (sizes > limit).nonzero().squeeze(1).tolist()
     numbers = torch.arange(first, last)[:, None]
     whole = torch.cat([numbers, bounds, torch.full_like(numbers, -1)], 1)
