@@ -167,8 +167,8 @@ def row_gradients_kernel(
     before = ()
     for block in tl.static_range(NUM_BLOCKS):
         feature = first_feature + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        kv, z = load_state(states, feature, column, EV, M)
-        before += ((tl.trans(kv), z),)
+        turned, first_z = load_state(states, feature, column, EV, M)
+        before += ((tl.trans(turned), first_z),)
 
     stop = tl.minimum(base + span, offset + length)
     for start in range(base, stop, CHUNK):
@@ -234,7 +234,7 @@ def row_gradients_kernel(
             after += ((kv, z),)
             x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
             phi = features(
-                x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
+                x, row_moved, None, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
             )
             h = pulled_back(x, phi, tl.trans(d), row_moved, scale, FEATURE)
             if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
@@ -402,7 +402,6 @@ def key_gradients_kernel(
                     q_here = q + (kv_head * GROUPS + group).to(tl.int64) * q_head
                     g_here = grad + (kv_head * GROUPS + group).to(tl.int64) * g_head
                     rows = position - offset
-                    inside = (rows >= 0) & (rows < length)
                     w = load_numbers(delta + at_rows, rows, length, 0.0)
                     share = 1.0 / load_numbers(total + at_rows, rows, length, float("inf"))
                     row_moved = w
@@ -411,7 +410,7 @@ def key_gradients_kernel(
                     gradient = as_given(load_rows(g_here, rows, column, g_row, length, EV), PRECISION)
                     x = load_input(q_here, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
                     psi = features(
-                        x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
+                        x, row_moved, None, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
                     )
                     psi *= share[:, None]
                     phi_q = operand(psi, PRECISION)

@@ -62,7 +62,7 @@ def features(
     BLOCK_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The values of phi(scale x) in fp32, zero for rows that are not alive and for features that do not exist."""
+    """The values of phi(scale x) in fp32, zero for features that do not exist and, if it is given, where not alive."""
     if FEATURE == "favor_softmax":
         y = _projected(x, projection, feature, scale, E, M, BLOCK_X, PRECISION)
         phi = tl.exp2(y * _LOG2_E - shift[:, None])
@@ -82,7 +82,11 @@ def features(
         else:
             tl.static_assert(FEATURE == "exp")
             phi = tl.exp2(y * _LOG2_E - shift[:, None])
-    return tl.where(alive[:, None] & (feature < M)[None, :], phi, 0.0)
+    if M % feature.shape[0] != 0:
+        phi = tl.where((feature < M)[None, :], phi, 0.0)
+    if alive is not None:
+        phi = tl.where(alive[:, None], phi, 0.0)
+    return phi
 
 
 @triton.jit
@@ -161,7 +165,8 @@ def exponents_kernel(
             y = tile.to(tl.float32) * scale * _LOG2_E
         else:
             y = tl.maximum(tile.to(tl.float32) * scale, 0.0)
-        y = tl.where((feature < M)[None, :], y, -float("inf"))
+        if M % BLOCK_M != 0:
+            y = tl.where((feature < M)[None, :], y, -float("inf"))
         largest = tl.maximum(largest, tl.max(y, 1))
     if FEATURE == "squared_relu":
         own = tl.ceil(tl.log2(tl.maximum(largest, 2.0**-_LARGEST)))

@@ -21,7 +21,7 @@ from .states import first_position, keys_alive, load_offset, weight
 def load_state(states, feature, column, EV: tl.constexpr, M: tl.constexpr):
     """The columns `feature` of a state: (kv, z)."""
     kv = load_rows(states, column, feature, M, EV, M)
-    return kv, load_numbers(states + EV * M, feature, M, 0.0)
+    return kv, tl.load(states + EV * M + feature, mask=feature < M, other=0.0)
 
 
 @triton.jit

@@ -184,7 +184,7 @@ def row_states_kernel(
             q_here = q + batch.to(tl.int64) * q_batch + (kv_head * GROUPS + group).to(tl.int64) * q_head
             g_here = grad + batch.to(tl.int64) * g_batch + (kv_head * GROUPS + group).to(tl.int64) * g_head
             at = head.to(tl.int64) * length
-            alive = (rows >= 0) & (rows < length)
+            alive = rows < length
             if segment is not None:
                 alive = alive & (load_nearest(segment, position, num_keys) == current)
             moved = tl.zeros((CHUNK,), tl.float32)
@@ -192,8 +192,9 @@ def row_states_kernel(
             if shift is not None:
                 moved = load_numbers(shift + at, rows, length, 0.0)
                 share *= weight(unit - load_nearest(peak, position, num_keys), alive)
+            share = tl.where(alive, share, 0.0)
             x = load_input(q_here, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(x, moved, alive, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            phi = features(x, moved, None, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
             phi = operand(phi * share[:, None], PRECISION)
             gradient = as_given(load_rows(g_here, rows, column, g_row, length, EV), PRECISION)
             kv = product(tl.trans(gradient), phi, kv, PRECISION)

@@ -11,11 +11,11 @@ from .configs import TABLE
 
 _NUMBERS = {
     "valid": "*i8", "segment": "*i64", "row_shift": "*fp32", "shift": "*fp32", "exponent": "*fp32",
-    "peak": "*fp32", "projection": "*fp32", "states": "*fp32", "part": "*fp32", "part_total": "*fp32", "part_k": "*fp32",
+    "peak": "*fp32", "projection": "*fp32", "states": "*fp32", "part": "*fp32", "part_total": "*fp32", "part_v": "*fp32",
     "total": "*fp32", "delta": "*fp32", "factors": "*fp32", "scale": "fp32",
 }  # fmt: skip
 _INPUTS = ("q", "k", "v", "x", "out", "lost", "grad", "dq", "dk", "dv")
-_ALIGNED = ("batch", "head", "row")  # the ends of strides' names
+_ALIGNED = ("batch", "head", "row", "feature", "span")  # the ends of strides' names, and what configs say
 
 _ELU = {"FEATURE": "elu"}
 _CASES = (
@@ -53,7 +53,7 @@ def build(
     absent |= set() if favor else {"projection"}
     absent |= set() if exponent else {"row_shift", "shift", "exponent", "peak"}
     if features == size:
-        absent |= {"part", "part_total", "part_k"}
+        absent |= {"part", "part_total", "part_v"}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     for parameter in kernel.arg_names:
