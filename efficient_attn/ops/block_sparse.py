@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..inputs import refuse_forward_mode
 from ..kernels import refusals
-from ..kernels.block_sparse.parts import UNBOUNDED
+from ..kernels.block_sparse.parts import LONGEST
 from ..kernels.block_sparse.parts import refusals as mask_refusals
 from ..masks import Mask
 from .lowering import lowered, softmax_operator
@@ -34,7 +34,7 @@ def refuse(p: SoftmaxProblem) -> list[str]:
     if p.attn_bias is not None:
         reasons.append("attn_bias is not supported")
     reasons += mask_refusals(p.mask)
-    if max(p.q.shape[2], p.k.shape[2]) >= UNBOUNDED:
+    if max(p.q.shape[2], p.k.shape[2]) >= LONGEST:
         reasons.append(f"takes fewer than 2^30 queries and keys, not {p.q.shape[2]} and {p.k.shape[2]}")
     return reasons
 

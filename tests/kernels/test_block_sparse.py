@@ -112,7 +112,7 @@ def test_tables_hold_the_mask(name: str, block_q: int, block_k: int, monkeypatch
         if cut:
             monkeypatch.setattr(table_module, "_LEAST_LIMIT", 1)
             monkeypatch.setattr(table_module, "_TIMES_MEAN", 0)
-        tables.cache_clear()
+        table_module._tables.cache_clear()
         both = tables(mask, 0, LENGTH, LENGTH, block_q, block_k, CPU)
         by_row, items = drawn_from(both.by_row, block_q, block_k, False)
         assert torch.equal(by_row[:LENGTH, :LENGTH], expected)
@@ -120,7 +120,7 @@ def test_tables_hold_the_mask(name: str, block_q: int, block_k: int, monkeypatch
         assert items >= -(-LENGTH // block_q)
         by_key, _ = drawn_from(both.by_key, block_k, block_q, True)
         assert torch.equal(by_key.mT[:LENGTH, :LENGTH], expected)
-    tables.cache_clear()
+    table_module._tables.cache_clear()
 
 
 def test_long_rows_are_cut() -> None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...masks import Mask
+from ...masks import And, Causal, Mask
 from ..configs import Config, lookup
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .configs import CONFIGS
@@ -20,6 +20,9 @@ from .forward import forward_kernel
 from .merge import merge_kernel, sum_kernel
 from .parts import Band, Blocks, Part, parts_of
 from .table import Table, tables
+
+_KEYS_AT_ONCE = 256
+"""What causality hides anyway is tabled up to a multiple of this."""
 
 LOG2_E = math.log2(math.e)
 
@@ -115,7 +118,7 @@ class Call:
             part.mask.sized(num_keys),
             offset - (0 if anchor is None else self.k.shape[2]),
             offset + self.q.shape[2],
-            num_keys if summaries is None else summaries.num_keys(num_keys),
+            self._table_keys(group, offset) if summaries is None else summaries.num_keys(num_keys),
             config["BLOCK_Q"],
             config["BLOCK_K"],
             self.q.device,
@@ -131,6 +134,14 @@ class Call:
         if not by_key:
             arguments |= {"NUM_SINKS": 0, "SINKS_AHEAD": 0, "SINKS": False}
         return Walk(arguments, len(self.q) if group.rows is None else len(group.rows), table)
+
+    def _table_keys(self, group: Group, offset: int) -> int:
+        """The keys of a table: those of a growing cache rounded up, so that one table serves many steps."""
+        num_keys = group.num_keys
+        hidden = isinstance(self.mask, And) and Causal() in (self.mask.a, self.mask.b)
+        if hidden and group.rows is None and offset + self.q.shape[2] <= num_keys:
+            return -(-num_keys // _KEYS_AT_ONCE) * _KEYS_AT_ONCE
+        return num_keys
 
     def _place(self, anchor: Tensor | None, rows: Tensor | None) -> dict[str, Any]:
         return {

@@ -10,8 +10,11 @@ from torch import Tensor
 from ...masks import And, BlockWindow, Causal, Everything, Fixed, Mask, Or, Sinks, Strided, Window
 from ...masks.base import Spans
 
-UNBOUNDED = 1 << 30
-"""A distance that no pair exceeds: lengths reach it nowhere, which the launcher checks."""
+UNBOUNDED = 1 << 62
+"""A distance that no pair exceeds."""
+
+LONGEST = 1 << 30
+"""Fewer queries and keys than this keep what the kernels count inside 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Summaries(Mask):
         return torch.cat([lower, after], 1), torch.cat([before, upper], 1)
 
     def num_keys(self, length: int) -> int:
-        """Summaries among the first `length` positions, and of the block that these end in."""
-        return -(-length // self.stride) * self.count
+        """Summaries among the first `length` positions."""
+        return length // self.stride * self.count + max(0, length % self.stride - self.stride + self.count)
 
 
 @dataclass(frozen=True)

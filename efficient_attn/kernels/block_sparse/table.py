@@ -7,7 +7,7 @@ queries and keys from the position of its block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ _LEAST_LIMIT, _TIMES_MEAN = 32, 4
 
 @dataclass(frozen=True)
 class Table:
-    """What the programs of a kernel walk, as int32 tensors on its device.
+    """What the programs of a kernel walk, on its device; int64 but for the patterns, because positions have no bound.
 
     items: (n, 6): block of the walking axis, full entries [start, stop), partial entries [start, stop), and the
         slot that takes the partial sums, or -1 if the program has the block for itself.
@@ -43,14 +43,28 @@ class Table:
 
 @dataclass(frozen=True)
 class Tables:
-    """The table by query blocks, and the same entries by key blocks."""
+    """The blocks of row blocks [first, last) and the first `num_key_blocks`, to be walked by rows or by keys."""
 
-    by_row: Table
-    by_key: Table
-    num_entries: int
+    row: Tensor
+    key: Tensor
+    pattern: Tensor
+    patterns: Tensor
+    first: int
+    last: int
+    num_key_blocks: int
+
+    @cached_property
+    def by_row(self) -> Table:
+        return _walk(self.row, self.key, self.pattern, self.patterns, self.first, self.last)
+
+    @cached_property
+    def by_key(self) -> Table:
+        return _walk(self.key, self.row, self.pattern, self.patterns, 0, self.num_key_blocks)
+
+    def __len__(self) -> int:
+        return len(self.row)
 
 
-@lru_cache(maxsize=16)
 def tables(
     mask: Mask, start: int, stop: int, num_keys: int, block_q: int, block_k: int, device: torch.device
 ) -> Tables:
@@ -58,12 +72,16 @@ def tables(
 
     Row blocks are aligned to multiples of `block_q`. There is an item for each block, also for one without entries.
     """
-    first, last = start // block_q, -(-stop // block_q)
+    return _tables(mask, start // block_q, -(-stop // block_q), num_keys, block_q, block_k, device)
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    mask: Mask, first: int, last: int, num_keys: int, block_q: int, block_k: int, device: torch.device
+) -> Tables:
     row, key, inside = _candidates(mask, first, last, num_keys, block_q, block_k, device)
     row, key, pattern, patterns = _classified(mask, row, key, inside, num_keys, block_q, block_k)
-    by_row = _walk(row, key, pattern, patterns, first, last)
-    by_key = _walk(key, row, pattern, patterns, 0, -(-num_keys // block_k))
-    return Tables(by_row, by_key, len(row))
+    return Tables(row, key, pattern, patterns, first, last, -(-num_keys // block_k))
 
 
 def _candidates(
@@ -159,11 +177,11 @@ def _walk(block: Tensor, other: Tensor, pattern: Tensor, patterns: Tensor, first
     items = torch.cat([torch.tensor(cut, dtype=torch.int64).view(-1, 6), whole])
     device = block.device
     return Table(
-        items.to(device, torch.int32),
-        _never_empty(other.int()),
+        items.to(device),
+        _never_empty(other),
         _never_empty(pattern.clamp(min=0).int()),
         _never_empty(patterns.flatten()),
-        torch.tensor(merges, dtype=torch.int32, device=device).view(-1, 3),
+        torch.tensor(merges, dtype=torch.int64, device=device).view(-1, 3),
         len(cut),
     )
 

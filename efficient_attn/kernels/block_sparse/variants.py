@@ -30,8 +30,8 @@ _FEATURES: dict[str, tuple[dict[str, bool], ...]] = {
     "table": (_PLAIN, {**_PADDING, "HAS_ROWS": True}, {**_PADDING, "RESUME": True, "GATHERED": True}),
 }
 _ELEMENTS = {2: "bf16", 4: "fp32"}
-_INTEGERS = ("ITEMS", "BLOCKS", "PATTERN", "PATTERNS", "MERGES")
-_POSITIONS = ("Q_SEGMENT", "K_SEGMENT", "ANCHOR", "ROWS")
+_BITS = ("PATTERN", "PATTERNS")
+_POSITIONS = ("ITEMS", "BLOCKS", "MERGES", "Q_SEGMENT", "K_SEGMENT", "ANCHOR", "ROWS")
 _SUMS = ("LSE", "DELTA", "SLOT_OUT", "SLOT_LSE", "SLOT_DQ", "SLOT_DK", "SLOT_DV", "SLOTS")
 _ELEMENTWISE = ("Q", "K", "V", "GRAD", "OUT", "DQ", "DK", "DV")
 _FLOATS = ("SCALE", "OUT_SCALE", "KEPT_SCALE")
@@ -96,7 +96,7 @@ def _launched(
             return resumed if name in ("OUT", "DQ", "DK", "DV") else element
         if name in _SUMS:
             return "*fp32"
-        if name in _INTEGERS:
+        if name in _BITS:
             return "*i32"
         if name in _POSITIONS:
             return "*i64"
