@@ -1,6 +1,6 @@
 """Measures this library on an NVIDIA GPU against its peers, and says which targets are met.
 
-    pip install -e '.[bench,triton,gpu-peers]'
+    pip install -e '.[bench-gpu]'                   # and xformers, if there is one for your torch
     python benchmarks/gpu.py                        # everything: hours, most of them in compiling and tuning peers
     python benchmarks/gpu.py --judged               # what has a target, and nothing else
     python benchmarks/gpu.py --quick                # does everything work? below five minutes; judges nothing

@@ -58,6 +58,13 @@ D the head size. Beyond what holds on a CPU:
 How to read a table:
 """
 
+NO_GPU_RECORDS = """\
+# On a GPU
+
+Not measured yet. `python benchmarks/gpu.py` measures it, on a machine with an NVIDIA GPU; what it compares, and the
+targets, are in `plan_gpu.py`.
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
@@ -74,10 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     page = options.out / "README.md"
     text = page_of(newest, complaints, pictures)
     on_gpu, more = gpu_records(options.gpu_records)
-    if on_gpu or more:
-        drawn = draw_gpu(on_gpu, options.out / "results")
-        text += "\n" + gpu_page_of(on_gpu, more, drawn)
-        pictures += drawn
+    drawn = draw_gpu(on_gpu, options.out / "results")
+    text += "\n" + (gpu_page_of(on_gpu, more, drawn) if on_gpu else NO_GPU_RECORDS)
+    pictures += drawn
     page.write_text(text, encoding="utf-8")
     if options.summary is not None:
         options.summary.write_text(filled_in(options.summary.read_text(), summary(newest)))
@@ -189,7 +195,7 @@ def targets_met(records: Sequence[Record], target_of: Callable[[Cell], Target | 
             continue
         said = verdict(found[0], target) if found else "not measured"
         verdicts[said] += 1
-        if said == MISSED:
+        if found and said == MISSED:
             missed.append(f"- {cell.label}: {found[0]:.3g}x, target {target}")
     counts = f"{verdicts[MET]} met, {verdicts[MISSED]} missed, {verdicts['not measured']} not measured."
     return "\n".join([counts, "", *missed]).strip()

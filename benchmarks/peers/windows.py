@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ def varlen(race: Race) -> Contender:
     q, k, v = (x.flatten(0, 1).detach().requires_grad_(x.requires_grad) for x in tokens_first(race.inputs))
     starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
 
+    attend: Callable[..., Tensor] = varlen_attn  # a pair only if it is asked for
+
     def forward() -> Tensor:
-        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(left, right))
+        return attend(q, k, v, starts, starts, length, length, window_size=(left, right))
 
     tried(forward)
     return Contender(
