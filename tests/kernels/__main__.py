@@ -17,7 +17,7 @@ import triton
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor
 
-from efficient_attn.backends import Backend
+from efficient_attn.backends import Backend, BackendError
 from efficient_attn.mechanisms import MECHANISMS, Mechanism
 from efficient_attn.testing.laws.law import LawViolation
 from efficient_attn.testing.sampling import HEAD_DIM, HEADS, LENGTH
@@ -94,18 +94,22 @@ def judged(name: str, wanted: str) -> Iterator[dict[str, Any]]:
             continue
         for law in LAWS.values():
             if wanted in law.name and law.applies(example):
-                before, start, failure, cases = launches.total(), time.process_time(), None, 0
+                before, start = launches.total(), time.process_time()
+                failure, refused, cases = None, None, 0
                 torch.manual_seed(0)
                 look_for_overflow(law.name in WITH_OVERFLOW)
                 try:
                     cases = law.run(example)
                     if launches.total() == before and not held_by_others(law.name, example):
                         raise LawViolation("it held without a single launch of a kernel")
+                except BackendError as error:
+                    refused = str(error)
                 except Exception as error:
                     kind = "" if isinstance(error, LawViolation) else f"{type(error).__name__}: "
                     failure = f"{kind}{error}"
                 seconds = round(time.process_time() - start, 2)
-                yield {**about, "law": law.name, "cases": cases, "failure": failure, "seconds": seconds}
+                ended = {"cases": cases, "failure": failure, "refused": refused, "seconds": seconds}
+                yield {**about, "law": law.name, **ended}
 
 
 def main() -> int:
