@@ -246,7 +246,7 @@ def _block_sparse_backward_flops(
 
 def _kernel_flops(q, k, v, mask) -> Flops:  # type: ignore[no-untyped-def]
     # A formula sees no dtype: the kernels are for 16 bits.
-    shape = Shape(*q[:3], k[2], q[3], num_kv_heads=k[1], v_head_dim=v[3])
+    shape = Shape(q[0], q[1], q[2], k[2], q[3], num_kv_heads=k[1], v_head_dim=v[3])
     return _kernel_cost(Mask.from_spec(mask), shape, True, "torch").flops
 
 

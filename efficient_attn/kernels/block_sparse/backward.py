@@ -1,6 +1,6 @@
 """The backward pass: weights recomputed from the log-sum-exp, dQ by blocks of rows, dK and dV by blocks of keys."""
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

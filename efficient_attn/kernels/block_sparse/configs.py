@@ -67,6 +67,9 @@ def _entries(half: dict[int, dict[int, _Row]]) -> dict[Key, Config]:
     return tiny | single | {(a, 2, size): _config(half[a][size]) for a in ARCHITECTURES for size in SIZES}
 
 
-CONFIGS: Table = {f"band_{kernel}": _entries(half) for kernel, half in _BAND.items()} | {
-    f"table_{kernel}": _entries(half) for kernel, half in _TABLE.items()
+# A residue class is a short sequence: small blocks suit it as well.
+CONFIGS: Table = {
+    f"{walk}_{kernel}": _entries(half)
+    for walk, configs in (("band", _BAND), ("table", _TABLE), ("strided", _TABLE))
+    for kernel, half in configs.items()
 }

@@ -1,6 +1,6 @@
 """The forward pass: online softmax over the blocks that a block of queries sees, with its log-sum-exp."""
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

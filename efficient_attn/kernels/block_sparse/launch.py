@@ -18,7 +18,7 @@ from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .configs import CONFIGS
 from .forward import forward_kernel
 from .merge import merge_kernel, sum_kernel
-from .parts import Band, Blocks, Part, parts_of
+from .parts import Band, Blocks, Part, parts_of, walk_of
 from .table import Table, tables
 
 _KEYS_AT_ONCE = 256
@@ -65,7 +65,7 @@ class Call:
         return self.q.numel() == 0 or self.k.numel() == 0 or self.v.numel() == 0
 
     def config(self, part: Part, kernel: str) -> Config:
-        walk = "band" if isinstance(part, Band) else "table"
+        walk = walk_of(part)
         sizes = self.q.shape[3], self.v.shape[3]
         return lookup(CONFIGS, f"{walk}_{kernel}", self.q.device, self.q.dtype, *sizes)
 
@@ -197,7 +197,7 @@ def _is_wide(arguments: dict[str, Any]) -> bool:
 
 def block_width(width: int) -> int:
     """The columns of a tile that holds `width` of them."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
@@ -245,10 +245,11 @@ def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor
     delta = torch.empty_like(lse)
     batch, heads, length, width = grad.shape
     programs = triton.cdiv(length, 64)
-    delta_kernel[(programs * batch * heads,)](
-        grad, out, delta, *grad.stride()[:3], heads, length, width, programs,
-        triton_dtype(call.accumulator), 64, block_width(width),
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "GRAD": grad, "OUT": out, "DELTA": delta, **strides("g", "l", grad), "H": heads, "L": length, "EV": width,
+        "PROGRAMS": programs, "ACC": triton_dtype(call.accumulator), "BLOCK_Q": 64, "BLOCK_EV": block_width(width),
+    }  # fmt: skip
+    delta_kernel[(programs * batch * heads,)](**arguments)
     rows = {"GRAD": grad, **strides("g", "l", grad), "LSE": lse, "DELTA": delta}
     return _row_gradients(call, rows), *_key_gradients(call, rows)
 
@@ -309,11 +310,12 @@ def _add_slots(
     if by_key:
         # Keys stand at their own positions, rows at theirs less the offset.
         arguments = arguments | {"OFFSET": 0, "OFFSET_ON_DEVICE": False}
-    sum_kernel[grid](
-        OUT=target, SLOTS=slots, HEADS=target.shape[1], LENGTH=target.shape[2], WIDTH=target.shape[3], RESUME=resume,
-        ACC=triton_dtype(call.accumulator), BLOCK=block, BLOCK_WIDTH=block_width(target.shape[3]),
-        **arguments, **place,
-    )  # fmt: skip
+    arguments = arguments | place | {
+        "OUT": target, "SLOTS": slots, "HEADS": target.shape[1], "LENGTH": target.shape[2], "WIDTH": target.shape[3],
+        "RESUME": resume, "ACC": triton_dtype(call.accumulator), "BLOCK": block,
+        "BLOCK_WIDTH": block_width(target.shape[3]),
+    }  # fmt: skip
+    sum_kernel[grid](**arguments)
 
 
 def unit_columns(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Putting together what several programs computed of one block, always in the order of their slots."""
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...masks import Mask
 from ..configs import Config, size_class
 from .configs import CONFIGS
-from .parts import Band, Blocks, Part, parts_of
+from .parts import Band, Blocks, Part, parts_of, walk_of
 from .table import tables
 
 
@@ -34,8 +34,7 @@ def multiplied_pairs(
     def total(kernel: str, by_key: bool) -> int:
         pairs = 0
         for part in parts_of(mask, by_key):
-            walk = "band" if isinstance(part, Band) else "table"
-            config = CONFIGS[f"{walk}_{kernel}"][key]
+            config = CONFIGS[f"{walk_of(part)}_{kernel}"][key]
             pairs += _pairs(part, config, q_len, num_keys, q_offset, by_key)
         return pairs
 

@@ -42,6 +42,13 @@ class Blocks:
 Part = Band | Blocks
 
 
+def walk_of(part: Part) -> str:
+    """How a part is walked, by the name that its configs have."""
+    if isinstance(part, Blocks):
+        return "table"
+    return "band" if part.step == 1 else "strided"
+
+
 @dataclass(frozen=True)
 class Summaries(Mask):
     """Key u is the (u % count)-th of the last `count` positions of block u // count of `stride` positions.

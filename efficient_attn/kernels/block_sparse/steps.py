@@ -5,7 +5,7 @@ tensors: index = start + number * step. Distances of positions are held within 3
 beyond any block.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -24,9 +24,9 @@ _FEATURES: dict[str, tuple[dict[str, bool], ...]] = {
         _PLAIN,
         _SEGMENTS,
         {**_PADDING, "SINKS": True},
-        {"RESUME": True, "OFFSET_ON_DEVICE": True, "STRIDED": True},
         {"DROPOUT": True},
     ),
+    "strided": ({"RESUME": True, "OFFSET_ON_DEVICE": True, "STRIDED": True},),
     "table": (_PLAIN, {**_PADDING, "HAS_ROWS": True}, {**_PADDING, "RESUME": True, "GATHERED": True}),
 }
 _ELEMENTS = {2: "bf16", 4: "fp32"}
@@ -42,7 +42,7 @@ _FLAGS = (
 
 
 def variants() -> list[Variant]:
-    """All of sm_90 in bf16; of the other architectures and of fp32 the plain ones and the most demanding."""
+    """Every config once, and on sm_90 with each option that its kernel must have registers for."""
     return [*_walking(), *_putting_together()]
 
 
@@ -50,12 +50,13 @@ def _walking() -> Iterator[Variant]:
     for name in CONFIGS:
         walk, kernel = name.split("_")
         for architecture in ARCHITECTURES:
-            for size in SIZES:
-                every = architecture == 90 and size <= 128
-                for features in _FEATURES[walk] if every else (_FEATURES[walk][0], _FEATURES[walk][-1]):
+            # Blocks of strided walks are those of tables: screened once.
+            for size in SIZES if walk != "strided" else (64, 128) if architecture == 90 else ():
+                options = _FEATURES[walk][: {64: 2, 128: None, 256: 1}[size] if architecture == 90 else 1]
+                for features in options:
                     if not (features.get("SINKS") and kernel == "dkdv"):
                         yield _variant(name, kernel, architecture, 2, size, features)
-        yield _variant(name, kernel, 86, 4, 128, _FEATURES[walk][1])
+        yield _variant(name, kernel, 86, 4, 128, _FEATURES[walk][-1])
 
 
 def _variant(

@@ -3,7 +3,7 @@
 First come blocks in which a predicate decides, then a range of blocks in which every pair counts.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
