@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,23 @@ def variants() -> list[Variant]:
 
 @lru_cache(maxsize=1)
 def _variants() -> tuple[Variant, ...]:
-    return tuple(variant for family in FAMILIES for variant in _of_family(family))
+    return tuple(_everywhere([variant for family in FAMILIES for variant in _of_family(family)]))
+
+
+def _everywhere(listed: list[Variant]) -> Iterator[Variant]:
+    """What is listed, and each also for the architectures that it is shipped to without being listed for them."""
+    architectures: dict[str, set[int]] = {}
+    for variant in listed:
+        architectures.setdefault(variant.name, set()).add(variant.arch)
+    for variant in listed:
+        yield variant
+        mine = architectures[variant.name]
+        if variant.arch == 86 and 89 not in mine:
+            # They share one class of configs.
+            yield replace(variant, arch=89)
+        if not variant.has_dot and mine == {90}:
+            # Without a product there is nothing to tune, so that one config serves all.
+            yield from (replace(variant, arch=arch) for arch in SHARED_MEMORY if arch != 90)
 
 
 def _of_family(family: str) -> Iterator[Variant]:
