@@ -28,13 +28,12 @@ def _projected(
     PRECISION: tl.constexpr,
 ):
     """scale x E^(-1/4) times the rows `feature` of the projection: (1, M, E), or its high and low halves (2, M, E)."""
-    x, column = as_given(x, PRECISION), tl.arange(0, BLOCK_X)
-    y = tl.zeros((x.shape[0], feature.shape[0]), tl.float32)
-    y = product(x, tl.trans(load_rows(projection, feature, column, E, M, E)), y, PRECISION)
+    x, column = tl.trans(as_given(x, PRECISION)), tl.arange(0, BLOCK_X)
+    y = tl.zeros((feature.shape[0], x.shape[1]), tl.float32)
+    y = product(load_rows(projection, feature, column, E, M, E), x, y, PRECISION)
     if PRECISION != "ieee":
-        low = load_rows(projection + M * E, feature, column, E, M, E)
-        y = product(x, tl.trans(low), y, PRECISION)
-    return y * (scale * E**-0.25)
+        y = product(load_rows(projection + M * E, feature, column, E, M, E), x, y, PRECISION)
+    return tl.trans(y) * (scale * E**-0.25)
 
 
 @triton.jit
@@ -63,30 +62,51 @@ def features(
     PRECISION: tl.constexpr,
 ):
     """The values of phi(scale x) in fp32, zero for features that do not exist and, if it is given, where not alive."""
-    if FEATURE == "favor_softmax":
+    if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
         y = _projected(x, projection, feature, scale, E, M, BLOCK_X, PRECISION)
-        phi = tl.exp2(y * _LOG2_E - shift[:, None])
-    elif FEATURE == "favor_relu":
-        y = _projected(x, projection, feature, scale, E, M, BLOCK_X, PRECISION)
-        phi = tl.where(y > 0, y * M**-0.5, tl.where(y == y, 0.0, y))
     else:
         y = x.to(tl.float32) * scale
-        positive = tl.where(y > 0, y, tl.where(y == y, 0.0, y))
-        if FEATURE == "elu":
-            phi = tl.exp2((y - positive) * _LOG2_E) + positive
-        elif FEATURE == "relu":
-            phi = positive
-        elif FEATURE == "squared_relu":
-            root = positive * tl.exp2(-shift)[:, None]
-            phi = root * root
-        else:
-            tl.static_assert(FEATURE == "exp")
-            phi = tl.exp2(y * _LOG2_E - shift[:, None])
-    if M % feature.shape[0] != 0:
+    phi = values_of(y, shift[:, None], FEATURE, M)
+    if ((feature.shape[0] - 1) & M) != 0:
         phi = tl.where((feature < M)[None, :], phi, 0.0)
     if alive is not None:
         phi = tl.where(alive[:, None], phi, 0.0)
     return phi
+
+
+@triton.jit
+def values_of(y, shift, FEATURE: tl.constexpr, M: tl.constexpr):
+    """The values of features that are functions of one number each: an input, or a projection."""
+    if FEATURE == "favor_softmax" or FEATURE == "exp":
+        return tl.exp2(y * _LOG2_E - shift)
+    else:
+        positive = tl.where(y > 0, y, tl.where(y == y, 0.0, y))
+        if FEATURE == "elu":
+            return tl.exp2((y - positive) * _LOG2_E) + positive
+        elif FEATURE == "relu":
+            return positive
+        elif FEATURE == "favor_relu":
+            return positive * M**-0.5
+        else:
+            tl.static_assert(FEATURE == "squared_relu")
+            root = positive * tl.exp2(-shift)
+            return root * root
+
+
+@triton.jit
+def exponent_of(largest, square, FEATURE: tl.constexpr, M: tl.constexpr):
+    """A token's shift and exponent from the largest number its features are made of, and |x|^2 / 2 of favor_softmax."""
+    if FEATURE == "squared_relu":
+        root = tl.ceil(tl.log2(tl.maximum(largest, 2.0**-_LARGEST)))
+        root = tl.minimum(root, _LARGEST)
+        return root, 2 * root
+    else:
+        largest *= _LOG2_E
+        peak = largest
+        if FEATURE == "favor_softmax":
+            peak = largest - (square * _LOG2_E + tl.log2(M * 1.0) / 2)
+        exponent = tl.ceil(peak)
+        return largest - (peak - exponent), tl.maximum(exponent, NOTHING)
 
 
 @triton.jit
@@ -158,32 +178,19 @@ def exponents_kernel(
         feature = first + tl.arange(0, BLOCK_M)
         tile = load_input(x, rows, x_row, length, feature, FEATURE, E, BLOCK_X)
         if FEATURE == "favor_softmax":
-            y = _projected(tile, projection, feature, scale, E, M, BLOCK_X, PRECISION) * _LOG2_E
+            y = _projected(tile, projection, feature, scale, E, M, BLOCK_X, PRECISION)
             z = tile.to(tl.float32) * (scale * E**-0.25)
-            square = tl.sum(z * z, 1) * (_LOG2_E / 2)
-        elif FEATURE == "exp":
-            y = tile.to(tl.float32) * scale * _LOG2_E
+            square = tl.sum(z * z, 1) / 2
         else:
-            y = tl.maximum(tile.to(tl.float32) * scale, 0.0)
+            y = tile.to(tl.float32) * scale
         if M % BLOCK_M != 0:
             y = tl.where((feature < M)[None, :], y, -float("inf"))
         largest = tl.maximum(largest, tl.max(y, 1))
-    if FEATURE == "squared_relu":
-        own = tl.ceil(tl.log2(tl.maximum(largest, 2.0**-_LARGEST)))
-        own = tl.minimum(own, _LARGEST)
-        shifts = own
-        own = 2 * own
-    else:
-        peak = largest
-        if FEATURE == "favor_softmax":
-            peak = largest - (square + tl.log2(M * 1.0) / 2)
-        own = tl.ceil(peak)
-        shifts = largest - (peak - own)
+    shifts, own = exponent_of(largest, square, FEATURE, M)
     inside = rows < length
     at = batch_head.to(tl.int64) * length + rows
     tl.store(shift + at, shifts, mask=inside)
     if exponent is not None:
-        own = tl.maximum(own, NOTHING)
         if valid is not None:
             seen = tl.load(valid + batch.to(tl.int64) * length + rows, mask=inside, other=0)
             own = tl.where(seen != 0, own, NOTHING)

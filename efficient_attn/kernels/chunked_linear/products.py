@@ -57,9 +57,9 @@ def product_split(x, y, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _inside(rows, columns, num_rows, NUM_COLUMNS: tl.constexpr):
-    """Where x[rows, columns] exists. Columns start at a multiple of their number: often all of them do."""
+    """Where x[rows, columns] exists. Columns start at a multiple of their number, a power of two."""
     inside = ((rows >= 0) & (rows < num_rows))[:, None]
-    if NUM_COLUMNS % columns.shape[0] != 0:
+    if ((columns.shape[0] - 1) & NUM_COLUMNS) != 0:
         inside = inside & (columns < NUM_COLUMNS)[None, :]
     return inside
 
