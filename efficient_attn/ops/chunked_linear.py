@@ -11,6 +11,7 @@ from torch import Tensor
 from ..feature_maps import FORMULAS, formula_of
 from ..kernels import refusals
 from .composed import running_maximum
+from .operators import keep_nothing, no_second_derivative, operator
 from .problem import LinearProblem
 from .stream import linear_operator
 
@@ -135,3 +136,56 @@ def chunked_linear(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tenso
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return _operator(q, k, v, *others, transformed or needed)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    kv: Tensor,
+    exponent: Tensor | None,
+    projection: Tensor | None,
+    feature: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, H, 1, Ev) of one token, and the state after it; an exponent that there is none of is empty."""
+    from ..kernels.decode.linear import linear_step
+
+    with _on_device(q):
+        out, kv, exponent = linear_step(q, k, v, valid, kv, exponent, projection, feature, scale)
+    return out, kv, q.new_empty(0) if exponent is None else exponent
+
+
+def _fake_step(q, k, v, valid, kv, exponent, projection, feature, scale):  # type: ignore[no-untyped-def]
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    after = q.new_empty(0) if exponent is None else torch.empty_like(exponent)
+    return out, torch.empty_like(kv, memory_format=torch.contiguous_format), after
+
+
+_step = operator(
+    "chunked_linear_step",
+    step,
+    _fake_step,
+    keep_nothing,
+    no_second_derivative("chunked_linear_step has no derivative"),
+)
+
+
+def can_step(p: LinearProblem, kv: Tensor) -> bool:
+    """Whether the kernel takes one token on: nobody differentiates, and the problem is one that it knows."""
+    if p.q.shape[2] != 1 or p.q.numel() == 0 or p.v.numel() == 0 or refuse(p):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (p.q, p.k, p.v, kv)))
+
+
+def kernel_step(
+    p: LinearProblem, kv: Tensor, exponent: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`linear.linear_step` of one token by the kernel."""
+    p.feature_map.check_head_dim(p.q.shape[3])
+    projection, name = getattr(p.feature_map, "projection", None), str(formula_of(p.feature_map))
+    out, kv, after = _step(p.q, p.k, p.v, p.key_mask, kv, exponent, projection, name, scale)
+    return out, kv, None if exponent is None else after

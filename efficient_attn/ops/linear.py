@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..feature_maps import formula_of
 from ..inputs import full_precision, refuse_forward_mode
-from .chunked_linear import chunked_linear, refuse
+from .chunked_linear import can_step, chunked_linear, kernel_step, refuse
 from .composed import (
     NOTHING,
     composed,
@@ -101,8 +101,12 @@ def reference(p: LinearProblem) -> Tensor:
         return (weights @ v).to(p.q.dtype)
 
 
-def linear_step(p: LinearProblem, kv: Tensor, peak: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_step(
+    p: LinearProblem, kv: Tensor, peak: Tensor | None, backend: str = "chunked"
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """New tokens after the state (kv, peak): their outputs, and the state after them."""
+    if backend in ("auto", "triton") and can_step(p, kv):
+        return kernel_step(p, kv, peak, _query_scale(p))
     with full_precision(p.q.device):
         q, _ = features(p.feature_map, p.q, _query_scale(p), None)
         k, exponent = features(p.feature_map, p.k, 1.0, p.key_mask)

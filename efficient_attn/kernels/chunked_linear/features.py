@@ -28,12 +28,13 @@ def _projected(
     PRECISION: tl.constexpr,
 ):
     """scale x E^(-1/4) times the rows `feature` of the projection: (1, M, E), or its high and low halves (2, M, E)."""
-    x, column = tl.trans(as_given(x, PRECISION)), tl.arange(0, BLOCK_X)
-    y = tl.zeros((feature.shape[0], x.shape[1]), tl.float32)
-    y = product(load_rows(projection, feature, column, E, M, E), x, y, PRECISION)
+    x, column = as_given(x, PRECISION), tl.arange(0, BLOCK_X)
+    y = tl.zeros((x.shape[0], feature.shape[0]), tl.float32)
+    y = product(x, tl.trans(load_rows(projection, feature, column, E, M, E)), y, PRECISION)
     if PRECISION != "ieee":
-        y = product(load_rows(projection + M * E, feature, column, E, M, E), x, y, PRECISION)
-    return tl.trans(y) * (scale * E**-0.25)
+        low = load_rows(projection + M * E, feature, column, E, M, E)
+        y = product(x, tl.trans(low), y, PRECISION)
+    return y * (scale * E**-0.25)
 
 
 @triton.jit
