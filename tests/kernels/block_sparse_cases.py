@@ -24,7 +24,7 @@ from efficient_attn import (
     SlidingWindowAttention,
     SparseTransformerAttention,
 )
-from efficient_attn.kernels.block_sparse import launch, table
+from efficient_attn.kernels.block_sparse import launch, parts, table
 from efficient_attn.ops import block_sparse
 from efficient_attn.testing.sampling import poisoned_allocations
 
@@ -92,6 +92,24 @@ def cut_rows() -> int:
         for m in subjects:
             expect_reference(m, inputs(40, 40), f"{m}, cut", key_mask=PADDED)
     return len(subjects)
+
+
+@case
+def few_queries() -> int:
+    """The keys of a decoding step, split among programs, are the keys whole: windows, sinks, padding, segments."""
+    segments = (torch.arange(200) // 90).expand(2, -1)
+    mask = torch.arange(200)[None] >= torch.tensor([[7], [0]])
+    cases: tuple[tuple[Mechanism, dict[str, Any]], ...] = (
+        (FlashAttention(is_causal=True), {"key_mask": mask}),
+        (FlashAttention(is_causal=True), {"segment_ids": segments}),
+        (SlidingWindowAttention(90, num_sinks=2, is_causal=True), {"key_mask": mask}),
+    )
+    with patched(parts, MANY_KEYS=100), patched(table, _LEAST_LIMIT=2):
+        for m, masks in cases:
+            leaves = inputs(3, 200)
+            expect_reference(m, leaves, f"{m}, few queries", **masks)
+            assert table._tables.cache_info().currsize > 0, "no table was built"
+    return len(cases)
 
 
 @case

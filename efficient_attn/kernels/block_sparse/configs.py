@@ -50,6 +50,13 @@ _TABLE: dict[str, dict[int, dict[int, _Row]]] = {
     },
 }
 
+# Drawing takes registers, so that blocks are smaller.
+_DROPOUT: dict[str, dict[int, dict[int, _Row]]] = {
+    "forward": _BAND["forward"],
+    "dq": _TABLE["dq"] | {a: _TABLE["dq"][a] | {64: (64, 64, 8, 2)} for a in (90, 100)},
+    "dkdv": _TABLE["dkdv"] | {a: _TABLE["dkdv"][a] | {64: (32, 64, 8, 2)} for a in (90, 100)},
+}
+
 # fp32 is multiplied without tensor cores, from registers: small blocks, the same everywhere.
 _SINGLE: dict[int, _Row] = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 
@@ -70,6 +77,6 @@ def _entries(half: dict[int, dict[int, _Row]]) -> dict[Key, Config]:
 # A residue class is a short sequence: small blocks suit it as well.
 CONFIGS: Table = {
     f"{walk}_{kernel}": _entries(half)
-    for walk, configs in (("band", _BAND), ("table", _TABLE), ("strided", _TABLE))
+    for walk, configs in (("band", _BAND), ("table", _TABLE), ("strided", _TABLE), ("dropout", _DROPOUT))
     for kernel, half in configs.items()
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...masks import And, Causal, Mask
 from ..configs import Config, lookup
+from . import parts as limits
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .configs import CONFIGS
 from .forward import forward_kernel
@@ -64,8 +65,13 @@ class Call:
         """Whether there is nothing to launch: no query, or no key."""
         return self.q.numel() == 0 or self.k.numel() == 0 or self.v.numel() == 0
 
+    def parts(self, by_key: bool = False) -> tuple[Part, ...]:
+        """The parts of the mask; a table cannot wait for an offset that is on the device."""
+        few = self.q.shape[2] <= limits.FEW_QUERIES and self.k.shape[2] >= limits.MANY_KEYS
+        return parts_of(self.mask, by_key, few and isinstance(self.q_offset, int))
+
     def config(self, part: Part, kernel: str) -> Config:
-        walk = walk_of(part)
+        walk = "dropout" if self.dropout_p else walk_of(part)
         sizes = self.q.shape[3], self.v.shape[3]
         return lookup(CONFIGS, f"{walk}_{kernel}", self.q.device, self.q.dtype, *sizes)
 
@@ -214,7 +220,7 @@ def strides(name: str, axis: str, x: Tensor) -> dict[str, int]:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """The output (B, H, L, Ev), and the base-2 log-sum-exp2 of each row's scores (B, H, L), -inf where it has none."""
     batch, heads, length, _ = call.q.shape
-    width, parts = call.v.shape[3], parts_of(call.mask)
+    width, parts = call.v.shape[3], call.parts()
     out = call.q.new_empty(
         batch, heads, length, width, dtype=call.q.dtype if len(parts) == 1 else call.accumulator
     )
@@ -255,7 +261,7 @@ def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor
 
 
 def _row_gradients(call: Call, rows: dict[str, Any]) -> Tensor:
-    heads, width, parts = call.q.shape[1], call.q.shape[3], parts_of(call.mask)
+    heads, width, parts = call.q.shape[1], call.q.shape[3], call.parts()
     dq = call.q.new_empty(call.q.shape, dtype=call.q.dtype if len(parts) == 1 else call.accumulator)
     for number, part in enumerate(parts):
         config = call.config(part, "dq")
@@ -274,7 +280,7 @@ def _row_gradients(call: Call, rows: dict[str, Any]) -> Tensor:
 
 
 def _key_gradients(call: Call, rows: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    heads, parts = call.k.shape[1], parts_of(call.mask, by_key=True)
+    heads, parts = call.k.shape[1], call.parts(by_key=True)
     dtype = call.q.dtype if len(parts) == 1 else call.accumulator
     # Keys before the anchor have no block.
     make = torch.empty if isinstance(parts[0], Band) or call.anchor is None else torch.zeros

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...masks import Mask
 from ..configs import Config, size_class
 from .configs import CONFIGS
-from .parts import Band, Blocks, Part, parts_of, walk_of
+from .parts import FEW_QUERIES, MANY_KEYS, Band, Blocks, Part, parts_of, walk_of
 from .table import tables
 
 
@@ -33,7 +33,7 @@ def multiplied_pairs(
 
     def total(kernel: str, by_key: bool) -> int:
         pairs = 0
-        for part in parts_of(mask, by_key):
+        for part in parts_of(mask, by_key, q_len <= FEW_QUERIES and num_keys >= MANY_KEYS):
             config = CONFIGS[f"{walk_of(part)}_{kernel}"][key]
             pairs += _pairs(part, config, q_len, num_keys, q_offset, by_key)
         return pairs

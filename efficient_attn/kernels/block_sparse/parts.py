@@ -13,6 +13,9 @@ from ...masks.base import Spans
 UNBOUNDED = 1 << 62
 """A distance that no pair exceeds."""
 
+FEW_QUERIES, MANY_KEYS = 16, 4096
+"""No more queries over no fewer keys than these: too few programs, unless the keys are split among them."""
+
 LONGEST = 1 << 30
 """Fewer queries and keys than this keep what the kernels count inside 32 bits."""
 
@@ -126,12 +129,15 @@ def as_band(mask: Mask) -> Band | None:
     return None
 
 
-def parts_of(mask: Mask, by_key: bool = False) -> tuple[Part, ...]:
+def parts_of(mask: Mask, by_key: bool = False, few_queries: bool = False) -> tuple[Part, ...]:
     """The parts of `mask`; the first one covers every row and every key, if only with nothing.
 
-    Seen `by_key`, sinks are a part of their own, because every row sees them.
+    Seen `by_key`, sinks are a part of their own, because every row sees them. With `few_queries`, a band goes by a
+    table, whose rows are split among programs.
     """
     band = as_band(mask)
+    if band is not None and few_queries:
+        return (Blocks(mask),)
     if band is not None and band.sinks and by_key:
         far = FarSinks((band.back, band.ahead, band.sinks, band.sinks_ahead))
         return Band(band.back, band.ahead), Blocks(far)

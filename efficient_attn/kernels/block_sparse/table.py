@@ -159,7 +159,9 @@ def _walk(block: Tensor, other: Tensor, pattern: Tensor, patterns: Tensor, first
     ends = counts.cumsum(0)
     bounds = torch.stack([ends - counts, ends], 1).view(-1, 4).cpu()
     sizes = counts.view(-1, 2).sum(1)
-    limit = max(_LEAST_LIMIT, _TIMES_MEAN * -(-len(block) // max(1, last - first)))
+    # A row of blocks that is alone has no others that work meanwhile.
+    times = _TIMES_MEAN if last - first > 1 else 0
+    limit = max(_LEAST_LIMIT, times * -(-len(block) // max(1, last - first)))
     long = (sizes > limit).nonzero().squeeze(1).tolist()
     numbers = torch.arange(first, last)[:, None]
     whole = torch.cat([numbers, bounds, torch.full_like(numbers, -1)], 1)

@@ -24,8 +24,8 @@ _FEATURES: dict[str, tuple[dict[str, bool], ...]] = {
         _PLAIN,
         _SEGMENTS,
         {**_PADDING, "SINKS": True},
-        {"DROPOUT": True},
     ),
+    "dropout": ({"DROPOUT": True},),
     "strided": ({"RESUME": True, "OFFSET_ON_DEVICE": True, "STRIDED": True},),
     "table": (_PLAIN, {**_PADDING, "HAS_ROWS": True}, {**_PADDING, "RESUME": True, "GATHERED": True}),
 }
@@ -50,8 +50,9 @@ def _walking() -> Iterator[Variant]:
     for name in CONFIGS:
         walk, kernel = name.split("_")
         for architecture in ARCHITECTURES:
-            # Blocks of strided walks are those of tables: screened once.
-            for size in SIZES if walk != "strided" else (64, 128) if architecture == 90 else ():
+            # The blocks of these are screened elsewhere, on other architectures.
+            alike = walk in ("strided", "dropout")
+            for size in SIZES if not alike else (64, 128) if architecture == 90 else ():
                 options = _FEATURES[walk][: {64: 2, 128: None, 256: 1}[size] if architecture == 90 else 1]
                 for features in options:
                     if not (features.get("SINKS") and kernel == "dkdv"):
