@@ -80,7 +80,12 @@ class Variant:
     @property
     def config(self) -> str:
         """What tells it from the other variants of its kernel."""
-        constants = [f"{name}={value}" for name, value in self.constexprs.items() if value is not None]
+        given = [
+            (name, value)
+            for name, value in self.constexprs.items()
+            if value is not None and value is not False
+        ]
+        constants = [name if value is True else f"{name}={value}" for name, value in given]
         return f"{' '.join(constants)} warps={self.num_warps} stages={self.num_stages}"
 
 
