@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from efficient_attn.kernels.block_sparse import table as table_module
+from efficient_attn.kernels.block_sparse.configs import CONFIGS
+from efficient_attn.kernels.block_sparse.pairs import multiplied_pairs
 from efficient_attn.kernels.block_sparse.parts import (
     UNBOUNDED,
     Band,
@@ -152,6 +154,24 @@ def test_tables_are_linear_in_their_blocks() -> None:
     finally:
         del Mask.registry[Counting._name()]
     assert sum(calls[1:]) < 2.1 * calls[0]
+
+
+@pytest.mark.parametrize(("q_len", "num_keys"), [(500, 500), (37, 500), (500, 37)])
+@pytest.mark.parametrize("name", [name for name in MASKS if "flash" in name or "sliding" in name])
+def test_costs_count_the_blocks_that_hold_anything(name: str, q_len: int, num_keys: int) -> None:
+    """Of a band, the blocks walked are those with an allowed pair, and each is multiplied whole."""
+    mask, offset = MASKS[name], num_keys - q_len
+    q, k = torch.arange(offset, offset + q_len), torch.arange(num_keys)
+    allowed = mask.allows(q[:, None], k[None]).expand(q_len, num_keys)
+    counted = multiplied_pairs(mask, q_len, num_keys, offset, 2, 64)
+    for kernel in ("forward", "dq", "dkdv"):
+        if kernel == "dkdv" and len(parts_of(mask, by_key=True)) > 1:
+            continue
+        config = CONFIGS[f"band_{kernel}"][90, 2, 64]
+        block_q, block_k = config["BLOCK_Q"], config["BLOCK_K"]
+        padded = torch.nn.functional.pad(allowed, (0, -num_keys % block_k, 0, -q_len % block_q))
+        held = padded.unflatten(1, (-1, block_k)).any(2).unflatten(0, (-1, block_q)).any(1)
+        assert getattr(counted, kernel) == int(held.sum()) * block_q * block_k
 
 
 def test_far_sinks_are_those_beyond_the_window() -> None:
