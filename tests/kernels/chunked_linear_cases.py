@@ -19,7 +19,7 @@ from efficient_attn.ops.composed import running_maximum
 from .__main__ import hasten_and_count
 
 UNITS = {torch.float32: 64, torch.float16: 6}
-"""How many units in the last place of the largest entry the largest error may have: sums in fp32, one rounding of half."""
+"""Units in the last place of the largest entry that an error may have: sums in fp32, one rounding of half."""
 
 
 def judge(
@@ -48,7 +48,9 @@ def judge(
     offset = num_keys - length if offset is None else offset
     # Heads beside the rows, as layers have them, so that no tensor is contiguous.
     q = torch.randn(2, length, heads, width).to(kind).transpose(1, 2)
-    k = (torch.randn(2, num_keys, kv_heads, width) + slope * torch.linspace(0, 1, num_keys)[:, None, None]).to(kind)
+    k = (
+        torch.randn(2, num_keys, kv_heads, width) + slope * torch.linspace(0, 1, num_keys)[:, None, None]
+    ).to(kind)
     v = (torch.randn(2, num_keys, kv_heads, 24) + mean).to(kind).transpose(1, 2)
     k = k.transpose(1, 2)
     alive = torch.rand(2, num_keys) > (1.0 if dead else 0.3) if valid or dead else None
@@ -63,7 +65,9 @@ def judge(
         peak = peak if causal else exponent.amax(2, keepdim=True).expand_as(exponent).contiguous()
         exponents = launch.Exponents(row_shift, shift, exponent, peak)
     where: Any = torch.tensor(offset) if in_memory else offset
-    run = launch.Pass(q, k, v, alive, segment, where, exponents, projection, feature, scale, causal, precision)
+    run = launch.Pass(
+        q, k, v, alive, segment, where, exponents, projection, feature, scale, causal, precision
+    )
     out, lost, total = launch.forward(run, keep=True)
     grad = torch.randn(out.shape).to(kind)
     gradients = launch.backward(run, grad, out, lost if lost.numel() else None, total)
@@ -88,8 +92,12 @@ def judge(
 
 def judge_decoding() -> list[str]:
     """Some tokens, one by one, some of them masked, of each map."""
-    maps = [LinearAttention(feature_map=name, is_causal=True) for name in ("elu", "relu", "squared_relu", "exp")]
-    favors = [PerformerAttention(16, num_features=70, is_causal=True, kernel=kind) for kind in ("softmax", "relu")]
+    maps = [
+        LinearAttention(feature_map=name, is_causal=True) for name in ("elu", "relu", "squared_relu", "exp")
+    ]
+    favors = [
+        PerformerAttention(16, num_features=70, is_causal=True, kernel=kind) for kind in ("softmax", "relu")
+    ]
     wrong = []
     for m in (*maps, *favors):
         m.backend = "chunked"

@@ -54,30 +54,33 @@ TABLE: dict[str, dict[Key, Config]] = {
         _INTERPRETED,
         _alike(
             {
-                64: Config.of(8, 2, CHUNK=64, BLOCK_M=128, FEATURES=256),
-                128: Config.of(8, 2, CHUNK=64, BLOCK_M=128, FEATURES=128),
-                256: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
+                64: Config.of(4, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
+                128: Config.of(4, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
+                256: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
             },
+            {size: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
+        ),
+    ),
+    "row_gradients": _everywhere(
+        Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+        _alike(
             {
-                64: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
-                128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
+                64: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64),
+                128: Config.of(8, 1, CHUNK=32, BLOCK_M=64, FEATURES=64),
                 256: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
             },
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32) for size in (64, 128, 256)},
+        ),
+    ),
+    "key_gradients": _everywhere(
+        Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+        _alike(
+            {
+                64: Config.of(4, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+                128: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+                256: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
+            },
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32) for size in (64, 128, 256)},
         ),
     ),
 }
-TABLE["row_gradients"] = TABLE["key_gradients"] = _everywhere(
-    Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
-    _alike(
-        {
-            64: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
-            128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
-            256: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64),
-        },
-        {
-            64: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
-            128: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
-            256: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16),
-        },
-    ),
-)

@@ -4,6 +4,9 @@ A map with exponents has phi(x) = values * 2^exponent, where `shift`, one number
 into (0, 1]: both come from the kernel `exponents`, because they need all features of a token.
 """
 
+# pyright: basic
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 

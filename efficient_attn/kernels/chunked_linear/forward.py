@@ -1,5 +1,8 @@
 """The outputs of each span, chunk by chunk, from the state before it."""
 
+# pyright: basic
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 

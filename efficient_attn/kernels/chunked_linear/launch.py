@@ -11,10 +11,11 @@ import triton
 from torch import Tensor
 
 from ..configs import INTERPRETER, Config, architecture_of, lookup
-from .backward import delta_kernel, key_gradients_kernel, row_gradients_kernel
+from .backward import delta_kernel, row_gradients_kernel
 from .configs import LONGEST_SPAN, PROGRAMS, SHORTEST_SPAN, TABLE
 from .features import exponents_kernel
 from .forward import rows_kernel
+from .key_gradients import key_gradients_kernel
 from .states import key_states_kernel, row_states_kernel, running_sum_kernel
 
 

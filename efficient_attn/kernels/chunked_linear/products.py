@@ -5,6 +5,9 @@ them, while tf32 has the same significand and the exponents of fp32. "fp16" roun
 interpreter, which cannot compute in bf16, it goes through the steps of "bf16".
 """
 
+# pyright: basic
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 

@@ -5,6 +5,9 @@ exponents at the last position that was summed up, or, for sums over later rows,
 a position, on nothing behind it, and every weight is at most 1.
 """
 
+# pyright: basic
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 

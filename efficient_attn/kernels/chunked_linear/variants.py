@@ -11,17 +11,25 @@ from .configs import TABLE
 
 _NUMBERS = {
     "valid": "*i8", "segment": "*i64", "row_shift": "*fp32", "shift": "*fp32", "exponent": "*fp32",
-    "peak": "*fp32", "projection": "*fp32", "states": "*fp32", "part": "*fp32", "part_total": "*fp32", "part_v": "*fp32",
+    "peak": "*fp32", "projection": "*fp32", "states": "*fp32", "part": "*fp32", "part_total": "*fp32",
+    "part_v": "*fp32",
     "total": "*fp32", "delta": "*fp32", "factors": "*fp32", "scale": "fp32",
 }  # fmt: skip
 _INPUTS = ("q", "k", "v", "x", "out", "lost", "grad", "dq", "dk", "dv")
 _ALIGNED = ("batch", "head", "row", "feature", "span")  # the ends of strides' names, and what configs say
 
-_ELU = {"FEATURE": "elu"}
 _CASES = (
-    ("elu", 64, 64), ("elu", 128, 128), ("exp", 128, 128), ("favor_softmax", 64, 256), ("favor_softmax", 128, 256),
+    ("elu", 64, 64),
+    ("exp", 64, 64),
+    ("elu", 128, 128),
+    ("exp", 128, 128),
+    ("favor_softmax", 64, 256),
+    ("favor_softmax", 128, 256),
     ("elu", 256, 256),
-)  # fmt: skip
+)
+"""(feature, head size, features): those of sm_90; of the others, the heaviest of each head size."""
+
+_ELSEWHERE = (("exp", 64, 64), ("favor_softmax", 128, 256), ("elu", 256, 256))
 
 
 def _precision(element: str) -> str:
@@ -75,8 +83,35 @@ def build(
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        has_dot=kernel.__name__ not in ("running_sum_kernel", "delta_kernel"),
+        has_dot=name != "exponents" or favor,
         multiples=[
             name for name in signature if name.split("_")[-1] in _ALIGNED and signature[name] == "i32"
         ],
     )
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in bf16 on every architecture, in the other dtypes on sm_90 for the smallest heads."""
+    # Here, because listing what is shipped is what imports Triton.
+    from .backward import row_gradients_kernel
+    from .features import exponents_kernel
+    from .forward import rows_kernel
+    from .key_gradients import key_gradients_kernel
+    from .states import key_states_kernel, row_states_kernel
+
+    walks = {
+        "rows": (rows_kernel,),
+        "row_gradients": (row_gradients_kernel,),
+        "key_gradients": (key_gradients_kernel,),
+        "states": (key_states_kernel, row_states_kernel),
+        "exponents": (exponents_kernel,),
+    }
+    for name, kernels in walks.items():
+        for kernel in kernels:
+            for arch in (90, 80, 86, 89, 100):
+                for feature, width, size in _CASES if arch == 90 else _ELSEWHERE:
+                    if name != "exponents" or feature in ("exp", "favor_softmax"):
+                        yield build(kernel, name, arch, "bf16", feature, width, size)
+            if name != "exponents":
+                for element in ("fp16", "fp32"):
+                    yield build(kernel, name, 90, element, "elu", 64, 64)

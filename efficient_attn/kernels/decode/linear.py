@@ -18,7 +18,16 @@ BLOCK_M, BLOCK_V = 64, 32
 
 
 @triton.jit
-def _numbers(x, projection, feature, scale, FEATURE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_X: tl.constexpr):
+def _numbers(
+    x,
+    projection,
+    feature,
+    scale,
+    FEATURE: tl.constexpr,
+    E: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
     """What the features `feature` of one token are made of, in fp32."""
     if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
         column = tl.arange(0, BLOCK_X)
@@ -31,7 +40,16 @@ def _numbers(x, projection, feature, scale, FEATURE: tl.constexpr, E: tl.constex
 
 
 @triton.jit
-def _exponent(x, projection, scale, FEATURE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr):
+def _exponent(
+    x,
+    projection,
+    scale,
+    FEATURE: tl.constexpr,
+    E: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
     """The shift and the exponent of one token."""
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for first in range(0, M, BLOCK_M):
@@ -109,7 +127,9 @@ def linear_step_kernel(
         feature = first + tl.arange(0, BLOCK_M)
         phi_k = values_of(_numbers(k, projection, feature, 1.0, FEATURE, E, M, BLOCK_X), shift, FEATURE, M)
         phi_k = tl.where((feature < M) & counts, phi_k * new_factor, 0.0)
-        phi_q = values_of(_numbers(q, projection, feature, scale, FEATURE, E, M, BLOCK_X), row_shift, FEATURE, M)
+        phi_q = values_of(
+            _numbers(q, projection, feature, scale, FEATURE, E, M, BLOCK_X), row_shift, FEATURE, M
+        )
         phi_q = tl.where(feature < M, phi_q, 0.0)
         inside = (feature < M)[:, None] & (column < EV)[None, :]
         at = feature[:, None] * (EV + 1) + column[None, :]
@@ -143,7 +163,9 @@ def linear_step(
     values, size = v.shape[3], kv.shape[2]
     out = torch.empty(batch, heads, 1, values, dtype=q.dtype, device=q.device)
     kv, new_kv = kv.contiguous(), torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    new_exponent = None if exponent is None else torch.empty(exponent.shape, dtype=exponent.dtype, device=q.device)
+    new_exponent = (
+        None if exponent is None else torch.empty(exponent.shape, dtype=exponent.dtype, device=q.device)
+    )
     padded = max(16, triton.next_power_of_2(width))
     linear_step_kernel[(batch * heads, triton.cdiv(values, BLOCK_V))](
         q, k, v,
