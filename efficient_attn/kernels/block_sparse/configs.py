@@ -57,6 +57,13 @@ _DROPOUT: dict[str, dict[int, dict[int, _Row]]] = {
     "dkdv": _TABLE["dkdv"] | {a: _TABLE["dkdv"][a] | {64: (32, 64, 8, 2)} for a in (90, 100)},
 }
 
+# So does a step that is known at run time; and a residue class is a short sequence.
+_STRIDED: dict[str, dict[int, dict[int, _Row]]] = {
+    **_DROPOUT,
+    "forward": _TABLE["forward"]
+    | {a: _TABLE["forward"][a] | dict.fromkeys((64, 128), (64, 64, 8, 2)) for a in (90, 100)},
+}
+
 # fp32 is multiplied without tensor cores, from registers: small blocks, the same everywhere.
 _SINGLE: dict[int, _Row] = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 
@@ -74,9 +81,8 @@ def _entries(half: dict[int, dict[int, _Row]]) -> dict[Key, Config]:
     return tiny | single | {(a, 2, size): _config(half[a][size]) for a in ARCHITECTURES for size in SIZES}
 
 
-# A residue class is a short sequence: small blocks suit it as well.
 CONFIGS: Table = {
     f"{walk}_{kernel}": _entries(half)
-    for walk, configs in (("band", _BAND), ("table", _TABLE), ("strided", _TABLE), ("dropout", _DROPOUT))
+    for walk, configs in (("band", _BAND), ("table", _TABLE), ("strided", _STRIDED), ("dropout", _DROPOUT))
     for kernel, half in configs.items()
 }
