@@ -44,10 +44,10 @@ TABLE: dict[str, dict[Key, Config]] = {
         _alike(
             {
                 64: Config.of(4, 2, CHUNK=64, BLOCK_M=64, BLOCK_V=64),
-                128: Config.of(8, 2, CHUNK=64, BLOCK_M=128, BLOCK_V=128),
+                128: Config.of(8, 2, CHUNK=64, BLOCK_M=64, BLOCK_V=128),
                 256: Config.of(8, 2, CHUNK=64, BLOCK_M=128, BLOCK_V=128),
             },
-            {size: Config.of(4, 2, CHUNK=32, BLOCK_M=64, BLOCK_V=64) for size in (64, 128, 256)},
+            {size: Config.of(8, 1, CHUNK=32, BLOCK_M=32, BLOCK_V=64) for size in (64, 128, 256)},
         ),
     ),
     "rows": _everywhere(
@@ -58,7 +58,7 @@ TABLE: dict[str, dict[Key, Config]] = {
                 128: Config.of(4, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
                 256: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
             },
-            {size: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
         ),
     ),
     "row_gradients": _everywhere(
@@ -66,10 +66,10 @@ TABLE: dict[str, dict[Key, Config]] = {
         _alike(
             {
                 64: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64),
-                128: Config.of(8, 1, CHUNK=32, BLOCK_M=64, FEATURES=64),
-                256: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
+                128: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+                256: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
             },
-            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32) for size in (64, 128, 256)},
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64) for size in (64, 128, 256)},
         ),
     ),
     "key_gradients": _everywhere(

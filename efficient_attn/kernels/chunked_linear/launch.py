@@ -1,5 +1,6 @@
 """The launches of one pass: states, their running sums, then rows or keys."""
 
+# pyright: basic, reportIndexIssue=false
 from __future__ import annotations
 
 from collections.abc import Iterator
