@@ -106,7 +106,8 @@ def dq_kernel(
             key_segment = tl.load(K_SEGMENT + first + within, mask=present, other=-1)
             same = same_segment(row_segment[:, None], key_segment[None, :], HAS_ROW_SEGMENT)
             scores = tl.where(same, scores, float("-inf"))
-        weights = tl.exp2(scores - lse[:, None])
+        # No weight exceeds 1, but a score of 1e10 may come out above its log-sum-exp by rounding.
+        weights = tl.exp2(tl.minimum(scores - lse[:, None], 0.0))
         d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
             alive = survives(SEED, rows[:, None], (first + within)[None, :], own_head, THRESHOLD)
@@ -210,7 +211,7 @@ def dkdv_kernel(
                 row_segment = tl.load(Q_SEGMENT + first + row_within, mask=valid, other=-1)
             same = same_segment(row_segment[None, :], key_segment[:, None], HAS_ROW_SEGMENT)
             scores = tl.where(same, scores, float("-inf"))
-        weights = tl.exp2(scores - lse[None, :])
+        weights = tl.exp2(tl.minimum(scores - lse[None, :], 0.0))
         d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=ACC)
         kept = weights
         if DROPOUT:
