@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all queries before all keys": {"length": 9, "num_keys": 20, "offset": -60},
     "keys that nobody reads": {"length": 18, "num_keys": 70, "offset": 5},
     "an offset in memory": {"length": 18, "num_keys": 50, "offset": 21, "in_memory": True},
+    "queries spans after the first keys": {"feature": "exp", "length": 3, "num_keys": 110, "slope": 3.0},
     "one token": {"length": 1, "num_keys": 33},
     "grouped heads": {"length": 37, "heads": 4, "kv_heads": 2},
     "documents": {"length": 70, "segments": True, "valid": True},

@@ -112,14 +112,23 @@ def key_gradients_kernel(
     if part_v is not None:
         part_v += at_keys * EV
     column = tl.arange(0, BLOCK_V)
+    chunks = (stop - base + CHUNK - 1) // CHUNK
+    if HAS_EXPONENT:
+        # The first rows may be spans away, where the unit of their sum is that of their own position.
+        there = first_position(offset, span) + slot * span
+        here = load_nearest(peak, base + chunks * CHUNK, num_keys)
+        nearer = tl.exp2(tl.minimum(here - load_nearest(peak, there, num_keys), 0.0))
 
     states += (batch_head.to(tl.int64) * slots + slot) * (M * (EV + 1))
     later = ()
     for block in tl.static_range(NUM_BLOCKS):
         feature = first_feature + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        later += (load_state(states, feature, column, EV, M),)
+        first_kv, first_z = load_state(states, feature, column, EV, M)
+        if HAS_EXPONENT:
+            first_kv *= nearer
+            first_z *= nearer
+        later += ((first_kv, first_z),)
 
-    chunks = (stop - base + CHUNK - 1) // CHUNK
     for step in range(chunks):
         start = base + (chunks - 1 - step) * CHUNK
         position = start + tl.arange(0, CHUNK)
