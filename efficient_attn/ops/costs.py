@@ -128,7 +128,15 @@ def linear_cost(
 
     Basis "model": one state update and one reading a token, the normaliser left out. "hardware" and "torch":
     what the backend multiplies, the normaliser's column included.
+
+    Raises:
+        ValueError: for the kernels' products, which nobody has counted yet.
     """
+    if backend == "triton" and basis != "model":
+        raise ValueError(
+            f"basis must be 'model' for the backend 'triton' of linear attention, got {basis!r}: "
+            "what its kernels multiply is not counted yet"
+        )
     width = accumulation_dtype(shape.dtype).itemsize
     size, heads, kv_heads = phi.num_features(shape.head_dim), shape.num_heads, shape.num_kv_heads
     rows, keys = shape.batch * heads * shape.q_len, shape.batch * kv_heads * shape.kv_len
