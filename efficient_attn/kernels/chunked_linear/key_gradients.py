@@ -1,6 +1,7 @@
 """The gradients of keys and values: a walk from the last chunk back; see backward.py for the equations."""
 
-# pyright: basic
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

