@@ -12,6 +12,9 @@ OLDEST = (8, 0)
 
 MAX_HEAD_DIM = 256
 
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""Whether there is a Triton to import: found out once, because torch.compile need not trace how."""
+
 
 def interpreted() -> bool:
     """Whether Triton, if anybody has imported it, runs kernels in its interpreter, on CPU tensors."""
@@ -22,7 +25,7 @@ def interpreted() -> bool:
 
 def refusals(device: torch.device, dtype: torch.dtype, *head_dims: int) -> list[str]:
     """Why the kernels cannot run on tensors of this device, dtype and these head sizes; empty if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         reasons = ["triton is not installed"]
     elif device.type == "cuda":
         # Only once it is imported does it say whether it will interpret.
@@ -42,7 +45,8 @@ def refusals(device: torch.device, dtype: torch.dtype, *head_dims: int) -> list[
 
 def _import_fault() -> list[str]:
     try:
-        importlib.import_module("triton")
+        # A statement, which torch.compile traces; it refuses importlib.import_module.
+        import triton  # noqa: F401
     except Exception as error:
         return [f"triton does not import: {type(error).__name__}: {error}"]
     return []

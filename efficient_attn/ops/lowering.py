@@ -16,7 +16,8 @@ from .problem import SoftmaxProblem, segments_of_queries
 def lowered(p: SoftmaxProblem) -> tuple[Any, ...]:
     """The arguments (q, k, v, q_segment?, k_segment?, q_offset, seed?, mask, scale, dropout_p) of the operators.
 
-    A `key_mask` becomes segment -1; both offset and seed are 0-d tensors.
+    A `key_mask` becomes segment -1; both offset and seed are 0-d tensors, on the CPU unless the offset came from
+    elsewhere, whatever torch's default device.
     """
     q_segment = k_segment = None
     if p.segment_ids is not None:
@@ -28,10 +29,10 @@ def lowered(p: SoftmaxProblem) -> tuple[Any, ...]:
     offset = (
         p.q_offset.clone()
         if isinstance(p.q_offset, Tensor)
-        else torch.full((), p.q_offset, dtype=torch.int64)
+        else torch.full((), p.q_offset, dtype=torch.int64, device="cpu")
     )
     # The seed comes from torch's generator, so that manual_seed and checkpointing govern the dropout.
-    seed = torch.randint(1 << 62, ()) if p.dropout_p > 0 else None
+    seed = torch.randint(1 << 62, (), device="cpu") if p.dropout_p > 0 else None
     return p.q, p.k, p.v, q_segment, k_segment, offset, seed, p.mask_spec, p.scale, p.dropout_p
 
 

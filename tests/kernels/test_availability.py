@@ -6,7 +6,6 @@ No such machine is at hand: tensors that hold no data say that they are on it.
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from efficient_attn.backends import BackendError
-from efficient_attn.kernels import refusals
+from efficient_attn.kernels import availability, refusals
 from efficient_attn.mechanisms import MECHANISMS, Mechanism
 from efficient_attn.testing.sampling import HEAD_DIM, HEADS, LENGTH
 
@@ -58,19 +57,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         if triton == "absent":
-            find = importlib.util.find_spec
-            monkeypatch.setattr(
-                importlib.util,
-                "find_spec",
-                lambda name, *rest: None if name == "triton" else find(name, *rest),
-            )
+            monkeypatch.setattr(availability, "INSTALLED", False)
         else:
-            monkeypatch.setitem(sys.modules, "triton", COMPILING if triton == "broken" else triton)
-        if triton == "broken":
-            load = importlib.import_module
-            monkeypatch.setattr(
-                importlib, "import_module", lambda name: load(f"no_{name}" if name == "triton" else name)
-            )
+            # Of what is None there, an import fails.
+            monkeypatch.setattr(availability, "INSTALLED", True)
+            monkeypatch.setitem(sys.modules, "triton", None if triton == "broken" else triton)
 
     return pretend
 
@@ -155,6 +146,18 @@ def test_the_interpreter_never_takes_a_gpus_tensors(machine: Any) -> None:
     assert "takes cpu tensors, not cuda" in "; ".join(refusals(torch.device("cuda"), torch.float32, 64))
     assert "bfloat16 wrongly" in "; ".join(refusals(torch.device("cpu"), torch.bfloat16, 64))
     assert refusals(torch.device("cpu"), torch.float32, 64) == []
+
+
+def test_the_choice_is_traced_by_torch_compile(machine: Any) -> None:
+    """On a GPU, whether Triton can be imported is asked while compiling: that must not break the graph."""
+    machine(triton=pytest.importorskip("triton", reason="triton is not installed"))
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def count(x: torch.Tensor) -> torch.Tensor:
+        return x + len(refusals(torch.device("cuda"), torch.bfloat16, 64))
+
+    assert count(torch.zeros(1)).item() == 0
 
 
 def test_on_the_cpu_triton_is_not_even_imported() -> None:
