@@ -49,6 +49,7 @@ TIMED_BY: Mapping[str, tuple[str, str]] = {
     "chunked_linear.exponents": (PERFORMER, FORWARD),
     "chunked_linear.states": (LINEAR, FORWARD),
     "chunked_linear.rows": (LINEAR, FORWARD),
+    "chunked_linear.rows_projected": (PERFORMER, FORWARD),
     "chunked_linear.row_gradients": (LINEAR, BACKWARD),
     "chunked_linear.key_gradients": (LINEAR, BACKWARD),
 }

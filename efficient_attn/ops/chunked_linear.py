@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..feature_maps import FORMULAS, formula_of
 from ..kernels import refusals
+from ..kernels.chunked_linear.configs import LARGEST_PROJECTED
 from .composed import running_maximum
 from .operators import keep_nothing, no_second_derivative, operator
 from .problem import LinearProblem
@@ -26,6 +27,8 @@ def refuse(p: LinearProblem) -> list[str]:
         reasons.append("does not take torch.float64")
     if formula_of(p.feature_map) is None:
         reasons.append("knows the library's own feature maps, without learnt projections, not this one")
+    if getattr(p.feature_map, "projection", None) is not None and p.q.shape[3] > LARGEST_PROJECTED:
+        reasons.append(f"random features are for head sizes up to {LARGEST_PROJECTED}, not {p.q.shape[3]}")
     if p.segment_ids is not None and not p.is_causal:
         reasons.append("takes segment_ids for causal attention only")
     if p.q.shape[2] + p.k.shape[2] >= 1 << 31:

@@ -14,19 +14,27 @@ LONGEST_SPAN, SHORTEST_SPAN = 4096, 256
 PROGRAMS = 1024
 """Spans are as long as leaves at least that many programs."""
 
+LARGEST_PROJECTED = 64
+"""The largest head size whose random features are computed in registers without spilling."""
+
 
 def _everywhere(interpreter: Config, table: dict[Key, Config]) -> dict[Key, Config]:
     small = {(INTERPRETER, width, size): interpreter for width in (2, 4) for size in (64, 128, 256)}
     return {**small, **table}
 
 
-def _alike(two: dict[int, Config], four: dict[int, Config]) -> dict[Key, Config]:
-    """One config for all architectures: `two` and `four` are by head size, for operands of so many bytes."""
+def _alike(
+    two: dict[int, Config], four: dict[int, Config], little_memory: dict[int, Config] | None = None
+) -> dict[Key, Config]:
+    """One config for all architectures: `two` and `four` are by head size, for operands of so many bytes.
+
+    `little_memory` replaces some of `two` where a program has 99 KB of shared memory.
+    """
     table: dict[Key, Config] = {}
     for arch in ARCHITECTURES:
         table |= {(arch, 2, size): config for size, config in two.items()}
         table |= {(arch, 4, size): config for size, config in four.items()}
-    return table
+    return table | {(86, 2, size): config for size, config in (little_memory or {}).items()}
 
 
 _INTERPRETED = Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=32)
@@ -48,6 +56,7 @@ TABLE: dict[str, dict[Key, Config]] = {
                 256: Config.of(8, 2, CHUNK=64, BLOCK_M=128, BLOCK_V=128),
             },
             {size: Config.of(8, 1, CHUNK=32, BLOCK_M=32, BLOCK_V=64) for size in (64, 128, 256)},
+            {128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, BLOCK_V=128)},
         ),
     ),
     "rows": _everywhere(
@@ -58,6 +67,13 @@ TABLE: dict[str, dict[Key, Config]] = {
                 128: Config.of(4, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
                 256: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
             },
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
+        ),
+    ),
+    "rows_projected": _everywhere(
+        _INTERPRETED,
+        _alike(
+            {size: Config.of(4, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
         ),
     ),
@@ -77,7 +93,7 @@ TABLE: dict[str, dict[Key, Config]] = {
         _alike(
             {
                 64: Config.of(4, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
-                128: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+                128: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
                 256: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
             },
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32) for size in (64, 128, 256)},

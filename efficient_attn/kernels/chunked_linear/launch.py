@@ -262,7 +262,7 @@ def forward(p: Pass, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(*q.shape[:3], p.values, dtype=q.dtype, device=q.device)
     lost = torch.empty_like(out) if keep and q.dtype != torch.float32 else None
     total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    states, config = p.key_states(), p.config("rows")
+    states, config = p.key_states(), p.config("rows" if p.projection is None else "rows_projected")
     parts, blocks = list(p.parts(config)), p.blocks(config)
     part = torch.empty(out.shape, dtype=torch.float32, device=q.device) if len(parts) > 1 else None
     part_total = None

@@ -24,12 +24,11 @@ _CASES = (
     ("elu", 128, 128),
     ("exp", 128, 128),
     ("favor_softmax", 64, 256),
-    ("favor_softmax", 128, 256),
-    ("elu", 256, 256),
+    ("exp", 256, 256),
 )
 """(feature, head size, features): those of sm_90; of the others, the heaviest of each head size."""
 
-_ELSEWHERE = (("exp", 64, 64), ("favor_softmax", 128, 256), ("elu", 256, 256))
+_ELSEWHERE = (("exp", 128, 128), ("favor_softmax", 64, 256), ("exp", 256, 256))
 
 
 def _precision(element: str) -> str:
@@ -42,7 +41,8 @@ def build(
     """The launch of `kernel` for heads of `width`, with the config of that name."""
     bytes_ = 2 if element == "bf16" else 4
     key = arch if arch in ARCHITECTURES else 86, bytes_, next(s for s in (64, 128, 256) if width <= s)
-    config: Config = TABLE[name][key]
+    projected = feature.startswith("favor") and f"{name}_projected" in TABLE
+    config: Config = TABLE[f"{name}_projected" if projected else name][key]
     constants = dict(config.constants)
     features = min(constants.pop("FEATURES", size), size)
     constants["BLOCK_M"] = block = min(constants["BLOCK_M"], size)
