@@ -180,7 +180,7 @@ DROPOUT = (
         "dropout in evaluation mode",
     ),
     of_lowering(
-        "torch.randint(1 << 62, ())",
+        'torch.randint(1 << 62, (), device="cpu")',
         "torch.tensor(0)",
         "every call drops the same weights",
     ),
