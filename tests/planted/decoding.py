@@ -23,7 +23,7 @@ from .defect import broken, defect
 )
 def state_forgets_the_key_mask(m):
     def _step(self, q, k, v, state, key_mask):
-        joint = state.append(k, v, None)
+        joint = state.append(k, v, None, in_place=False)
         if key_mask is not None:
             past = key_mask.new_ones(len(k), state.k.shape[2])
             key_mask = torch.cat([past, key_mask], 1)
@@ -141,7 +141,7 @@ def state_is_hidden_in_the_module(m):
     def _step(self, q, k, v, state, key_mask):
         if state.k.shape[2] == 0:
             self.cache = state
-        self.cache = self.cache.append(k, v, key_mask)
+        self.cache = self.cache.append(k, v, key_mask, in_place=False)
         held = (getattr(self.cache, field.name) for field in fields(KVState))
         copy = KVState(*(None if x is None else x.clone() for x in held))
         return self(q, copy.k, copy.v, key_mask=copy.key_mask), copy
