@@ -109,7 +109,14 @@ def few_queries() -> int:
             leaves = inputs(3, 200)
             expect_reference(m, leaves, f"{m}, few queries", **masks)
             assert table._tables.cache_info().currsize > 0, "no table was built"
-    return len(cases)
+        for m in (FlashAttention(is_causal=True), SlidingWindowAttention(90, is_causal=True)):
+            table._tables.cache_clear()
+            for kv_len in (198, 199, 200):
+                m.backend = "triton"
+                m(*inputs(1, kv_len))
+            built = table._tables.cache_info().misses
+            assert built == 1, f"{built} tables for three steps of {m}"
+    return len(cases) + 2
 
 
 @case

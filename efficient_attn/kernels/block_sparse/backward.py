@@ -21,7 +21,7 @@ from .steps import (
 from .walks import key_block, key_pairs, key_walk, outer_indices, row_block, row_pairs, row_walk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def delta_kernel(
     GRAD, OUT, DELTA, stride_gb, stride_gh, stride_gl, H, L, EV, PROGRAMS,
     ACC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -63,7 +63,8 @@ def dq_kernel(
         program, offset, anchor, ITEMS, L, S, PER_RESIDUE, BACK, AHEAD, NUM_SINKS, SINKS_AHEAD, STEP, KEY_START,
         TABLE, SINKS, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
-    if (first_row >= L) | (first_row + (BLOCK_Q - 1) * row_step < 0):
+    # Only a table's block may begin before row 0, and its rows lie one apart.
+    if (first_row >= L) | (first_row + BLOCK_Q <= 0):
         return
     row, key = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
@@ -117,7 +118,7 @@ def dq_kernel(
     dq *= OUT_SCALE
     if TABLE and slot >= 0:
         own_slot = (own_head * NUM_SLOTS + slot) * BLOCK_Q
-        store_rows(SLOT_DQ + own_slot * E, 0, row, E, column, row >= 0, E, dq)
+        store_rows(SLOT_DQ + own_slot * E, 0, row, E, column, valid, E, dq)
         return
     if RESUME:
         dq += load_rows(DQ, first_row, row_within, E, column, valid, E, EVEN_E)
@@ -226,8 +227,8 @@ def dkdv_kernel(
     dk *= OUT_SCALE
     if TABLE and slot >= 0:
         own_slot = (own_head * NUM_SLOTS + slot) * BLOCK_K
-        store_rows(SLOT_DK + own_slot * E, 0, key, E, column, key >= 0, E, dk)
-        store_rows(SLOT_DV + own_slot * EV, 0, key, EV, value_column, key >= 0, EV, dv)
+        store_rows(SLOT_DK + own_slot * E, 0, key, E, column, present, E, dk)
+        store_rows(SLOT_DV + own_slot * EV, 0, key, EV, value_column, present, EV, dv)
         return
     DK += own_head * S * E
     DV += own_head * S * EV

@@ -47,7 +47,8 @@ def forward_kernel(
         program, offset, anchor, ITEMS, L, S, PER_RESIDUE, BACK, AHEAD, NUM_SINKS, SINKS_AHEAD, STEP, KEY_START,
         TABLE, SINKS, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
-    if (first_row >= L) | (first_row + (BLOCK_Q - 1) * row_step < 0):
+    # Only a table's block may begin before row 0, and its rows lie one apart.
+    if (first_row >= L) | (first_row + BLOCK_Q <= 0):
         return
     row, key = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
@@ -109,7 +110,7 @@ def forward_kernel(
     lse = tl.where(total > 0, peak + tl.log2(tl.maximum(total, 1.0)), float("-inf"))
     if TABLE and slot >= 0:
         own_slot = (own_head * NUM_SLOTS + slot) * BLOCK_Q
-        store_rows(SLOT_OUT + own_slot * EV, 0, row, EV, value_column, row >= 0, EV, acc)
+        store_rows(SLOT_OUT + own_slot * EV, 0, row, EV, value_column, valid, EV, acc)
         tl.store(SLOT_LSE + own_slot + row, lse)
         return
     store_rows(OUT, first_row, row_within, EV, value_column, valid, EV, acc)

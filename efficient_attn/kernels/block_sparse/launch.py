@@ -144,7 +144,8 @@ class Call:
     def _table_keys(self, group: Group, offset: int) -> int:
         """The keys of a table: those of a growing cache rounded up, so that one table serves many steps."""
         num_keys = group.num_keys
-        hidden = isinstance(self.mask, And) and Causal() in (self.mask.a, self.mask.b)
+        joined = (self.mask.a, self.mask.b) if isinstance(self.mask, And) else (self.mask,)
+        hidden = Causal() in joined
         if hidden and group.rows is None and offset + self.q.shape[2] <= num_keys:
             return -(-num_keys // _KEYS_AT_ONCE) * _KEYS_AT_ONCE
         return num_keys

@@ -23,7 +23,7 @@ def merge_kernel(
         first += tl.load(ANCHOR + batch)
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_EV)
     rows = first + row
-    valid, everywhere = (rows >= 0) & (rows < L), row >= 0
+    valid = (rows >= 0) & (rows < L)
     own_head = batch * H + head
     OUT += own_head * L * EV
     LSE += own_head * L
@@ -34,8 +34,8 @@ def merge_kernel(
         lse = tl.load(LSE + rows, mask=valid, other=float("-inf"))
     for slot in tl.range(tl.load(MERGES + program * 3 + 1), tl.load(MERGES + program * 3 + 2)):
         own_slot = (own_head * NUM_SLOTS + slot) * BLOCK_Q
-        part = load_rows(SLOT_OUT + own_slot * EV, 0, row, EV, column, everywhere, EV, False)
-        part_lse = tl.load(SLOT_LSE + own_slot + row)
+        part = load_rows(SLOT_OUT + own_slot * EV, 0, row, EV, column, valid, EV, False)
+        part_lse = tl.load(SLOT_LSE + own_slot + row, mask=valid, other=float("-inf"))
         peak = tl.maximum(tl.maximum(lse, part_lse), LOWEST)
         old, new = tl.exp2(lse - peak), tl.exp2(part_lse - peak)
         total = old + new
@@ -60,7 +60,7 @@ def sum_kernel(
     number = tl.load(MERGES + program * 3) * BLOCK
     first, places = key_place(number, within, start, STEP, RUN, GATHERED, True)
     index = first + places
-    valid, everywhere = (index >= 0) & (index < LENGTH), within >= 0
+    valid = (index >= 0) & (index < LENGTH)
     own_head = batch * HEADS + head
     OUT += own_head * LENGTH * WIDTH
     acc = tl.zeros((BLOCK, BLOCK_WIDTH), ACC)
@@ -68,5 +68,5 @@ def sum_kernel(
         acc = load_rows(OUT, first, places, WIDTH, column, valid, WIDTH, False).to(ACC)
     for slot in tl.range(tl.load(MERGES + program * 3 + 1), tl.load(MERGES + program * 3 + 2)):
         part = SLOTS + (own_head * NUM_SLOTS + slot) * BLOCK * WIDTH
-        acc += load_rows(part, 0, within, WIDTH, column, everywhere, WIDTH, False)
+        acc += load_rows(part, 0, within, WIDTH, column, valid, WIDTH, False)
     store_rows(OUT, first, places, WIDTH, column, valid, WIDTH, acc)

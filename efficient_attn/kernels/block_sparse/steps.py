@@ -14,8 +14,11 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Stands for a maximum over nothing: finite, so that weights of such a row are zero rather than NaN."""
 
-CHANGING = ("OFFSET", "SEED", "THRESHOLD", "BACK", "AHEAD", "NUM_SINKS", "SINKS_AHEAD", "KEY_START")
-"""Arguments for whose values no kernel is compiled anew."""
+CHANGING = (
+    "OFFSET", "SEED", "THRESHOLD", "BACK", "AHEAD", "NUM_SINKS", "SINKS_AHEAD", "KEY_START",
+    "L", "S", "LENGTH", "PROGRAMS", "PER_RESIDUE", "NUM_SLOTS",
+)  # fmt: skip
+"""Arguments for whose values no kernel is compiled anew: lengths, which change from call to call, among them."""
 
 _FAR = tl.constexpr(1 << 20)
 
