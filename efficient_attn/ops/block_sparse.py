@@ -76,8 +76,8 @@ def backward(
     """The gradients of q, k and v; weights are recomputed block by block from the log-sum-exp."""
     from ..kernels.block_sparse import launch
 
-    call = _call(q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p)
     with torch.cuda.device_of(q):
+        call = _call(q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p)
         return launch.backward(call, grad, out, lse)
 
 
@@ -85,6 +85,10 @@ def _call(q, k, v, q_segment, k_segment, q_offset, seed, spec, scale, dropout_p)
     """The call of the kernels: masks of rows found, the offset left where it lies."""
     from ..kernels.block_sparse.launch import Call, Group, unit_columns
 
+    if seed is not None and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would repeat one draw of dropout for ever: its seed is read on the host"
+        )
     mask, groups, anchor = Mask.from_spec(spec), (Group(None, k.shape[2]),), None
     if mask.anchored and k_segment is not None:
         anchor, stop = anchors(k_segment >= 0)

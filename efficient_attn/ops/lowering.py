@@ -36,6 +36,10 @@ def lowered(p: SoftmaxProblem) -> tuple[Any, ...]:
     return p.q, p.k, p.v, q_segment, k_segment, offset, seed, p.mask_spec, p.scale, p.dropout_p
 
 
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""The operators read numbers on the host, dropout's seed among them: a CUDA graph would repeat those of one call."""
+
+
 def softmax_operator(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     """Register `<name>_forward` -> (out, lse) and `<name>_backward` -> (dq, dk, dv), and return the first.
 
@@ -47,12 +51,13 @@ def softmax_operator(name: str, forward: Callable[..., Any], backward: Callable[
         _fake_backward,
         keep_nothing,
         no_second_derivative(f'{name} attention has no second derivative; backend="reference" has one'),
+        _TAGS,
     )
 
     def pull(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Any, ...]:
         return (*backward_op(grad, *ctx.saved_tensors, *ctx.scalars), *[None] * 7)
 
-    return operator(f"{name}_forward", forward, _fake_forward, _save, pull)
+    return operator(f"{name}_forward", forward, _fake_forward, _save, pull, _TAGS)
 
 
 def _fake_forward(q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p):  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@ No such machine is at hand: tensors that hold no data say that they are on it.
 
 from __future__ import annotations
 
+import copy
 import importlib.machinery
 import json
 import subprocess
@@ -148,16 +149,22 @@ def test_the_interpreter_never_takes_a_gpus_tensors(machine: Any) -> None:
     assert refusals(torch.device("cpu"), torch.float32, 64) == []
 
 
-def test_the_choice_is_traced_by_torch_compile(machine: Any) -> None:
-    """On a GPU, whether Triton can be imported is asked while compiling: that must not break the graph."""
+@pytest.mark.parametrize("mechanism", SERVED)
+def test_a_gpus_choice_is_compiled_into_one_graph(mechanism: Mechanism, machine: Any) -> None:
+    """What asks whether the kernels run there is traced by torch.compile, too."""
     machine(triton=pytest.importorskip("triton", reason="triton is not installed"))
+    m, called = copy.deepcopy(mechanism), set()
+    m.backend = KERNEL
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.update(str(node.target).partition(".")[0] for node in graph.graph.nodes)
+        return graph
+
     torch._dynamo.reset()
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def count(x: torch.Tensor) -> torch.Tensor:
-        return x + len(refusals(torch.device("cuda"), torch.bfloat16, 64))
-
-    assert count(torch.zeros(1)).item() == 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, HEADS, LENGTH, HEAD_DIM, device="cuda")
+        torch.compile(m, backend=record, fullgraph=True, dynamic=True)(x, x, x)
+    assert "efficient_attn" in called, called
 
 
 def test_on_the_cpu_triton_is_not_even_imported() -> None:

@@ -180,3 +180,17 @@ def test_far_sinks_are_those_beyond_the_window() -> None:
     lower, upper = mask.row_spans(q, 20)
     spans = ((k >= lower[..., None]) & (k < upper[..., None])).any(1)
     assert torch.equal(spans, mask.allows(q[:, None], k[None]))
+
+
+def test_what_a_cuda_graph_walks_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is replayed reads tables by their addresses; and none can be built while it is captured."""
+    mask, held = Window(5), {}
+    monkeypatch.setattr(table_module, "_CAPTURED", held)
+    table_module._tables.cache_clear()
+    found = tables(mask, 0, LENGTH, LENGTH, 32, 32, CPU)
+    monkeypatch.setattr(table_module, "_is_captured", lambda device: True)
+    assert tables(mask, 0, LENGTH, LENGTH, 32, 32, CPU) is found and list(held.values()) == [found]
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        _ = found.by_row
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        tables(mask, 0, LENGTH + 32, LENGTH + 32, 32, 32, CPU)

@@ -20,7 +20,8 @@ from . import judging
 from .judging import DEVICE, KERNEL, NAMES, by_matrix, judge, judge_masked, on_the_kernel, run
 from .laws import LAWS
 
-pytestmark = pytest.mark.gpu
+# Memory is poisoned by torch's deterministic mode, whose warnings of torch's own operators are not ours to mend.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic")]
 
 GPU = "cuda"
 HALF = (torch.bfloat16, torch.float16)
@@ -276,6 +277,43 @@ def replay_steps(m: Mechanism) -> None:
                 slot.copy_(x[:, :, t : t + 1])
             graph.replay()
             expect_identical(out, expected[t], f"token {t} in a graph")
+
+
+@each(1000, 4, 64)
+def test_a_call_in_a_cuda_graph(mechanism: Mechanism) -> None:
+    """After one call of the same lengths, a call is captured and replayed with other inputs; its tables stay."""
+    m = on_the_kernel(mechanism, torch.bfloat16)
+    inputs, others = (random_inputs(1000, 64, torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        expected = m(*[x.mul_(-1) for x in others])
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            m(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = m(*inputs)
+        for length in range(100, 1000, 10):
+            m(*random_inputs(length, 64, torch.bfloat16))
+        for x, other in zip(inputs, others, strict=True):
+            x.copy_(other)
+        graph.replay()
+        expect_identical(out, expected, "output in a graph")
+
+
+def test_the_default_device_changes_nothing() -> None:
+    """Numbers for the host stay there, so that no call waits for the device."""
+    m = on_the_kernel(MECHANISMS["sliding_window"](window_size=100, is_causal=True), torch.bfloat16)
+    inputs = random_inputs(1000, 64, torch.bfloat16)
+    expected = m(*inputs)
+    with torch.device(GPU):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = m(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expect_identical(out, expected, "output under a default device")
 
 
 def test_nothing_is_left_unwritten() -> None:

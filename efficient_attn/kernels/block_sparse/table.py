@@ -72,13 +72,34 @@ def tables(
 
     Row blocks are aligned to multiples of `block_q`. There is an item for each block, also for one without entries.
     """
-    return _tables(mask, start // block_q, -(-stop // block_q), num_keys, block_q, block_k, device)
+    found = _tables(mask, start // block_q, -(-stop // block_q), num_keys, block_q, block_k, device)
+    if _is_captured(device):
+        _CAPTURED[id(found)] = found
+    return found
 
 
-@lru_cache(maxsize=16)
+_CAPTURED: dict[int, Tables] = {}
+"""What CUDA graphs walk: they read the memory whenever they are replayed, so that it is never given back."""
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_to_build_while_captured(device: torch.device) -> None:
+    if _is_captured(device):
+        raise RuntimeError(
+            "the table of blocks of this mask and these lengths cannot be built while a CUDA graph is captured: "
+            "call once with the same lengths before"
+        )
+
+
+# Enough for the layers of a model whose masks all differ; one table is megabytes for a million tokens.
+@lru_cache(maxsize=64)
 def _tables(
     mask: Mask, first: int, last: int, num_keys: int, block_q: int, block_k: int, device: torch.device
 ) -> Tables:
+    _refuse_to_build_while_captured(device)
     row, key, inside = _candidates(mask, first, last, num_keys, block_q, block_k, device)
     row, key, pattern, patterns = _classified(mask, row, key, inside, num_keys, block_q, block_k)
     return Tables(row, key, pattern, patterns, first, last, -(-num_keys // block_k))
@@ -151,6 +172,7 @@ def _classified(
 
 def _walk(block: Tensor, other: Tensor, pattern: Tensor, patterns: Tensor, first: int, last: int) -> Table:
     """Entries (block, other) in the order in which the programs of `block` take them."""
+    _refuse_to_build_while_captured(block.device)
     partial = pattern >= 0
     span = int(other.max()) + 1 if len(other) else 1
     order = (((block - first) * 2 + partial) * span + other).argsort()
@@ -178,7 +200,7 @@ def _walk(block: Tensor, other: Tensor, pattern: Tensor, patterns: Tensor, first
     # The long ones first, so that none is left over at the end.
     items = torch.cat([torch.tensor(cut, dtype=torch.int64).view(-1, 6), whole])
     device = block.device
-    return Table(
+    table = Table(
         items.to(device),
         _never_empty(other),
         _never_empty(pattern.clamp(min=0).int()),
@@ -186,6 +208,10 @@ def _walk(block: Tensor, other: Tensor, pattern: Tensor, patterns: Tensor, first
         torch.tensor(merges, dtype=torch.int64, device=device).view(-1, 3),
         len(cut),
     )
+    if device.type == "cuda":
+        # The next call may walk it on another stream.
+        torch.cuda.current_stream(device).synchronize()
+    return table
 
 
 def _never_empty(x: Tensor) -> Tensor:
