@@ -10,6 +10,12 @@ from ..inputs import accumulation_dtype
 from ..kernels.block_sparse.pairs import multiplied_pairs
 from ..kernels.block_sparse.parts import parts_of
 from ..masks import Mask, plan
+from .linear_kernel_costs import (
+    chunked_linear_backward_flops,
+    chunked_linear_forward_flops,
+    chunked_linear_step_flops,
+    linear_kernel_cost,
+)
 from .scan import BLOCK_ROWS, CHUNK
 from .tiles import TILE_KEYS, TILE_ROWS
 
@@ -128,7 +134,13 @@ def linear_cost(
 
     Basis "model": one state update and one reading a token, the normaliser left out. "hardware" and "torch":
     what the backend multiplies, the normaliser's column included.
+
+    Raises:
+        ValueError: for the kernels' products with a feature map that they do not know.
     """
+    stepped = phase != "decode" or (shape.q_len == 1 and not training)  # other steps are not the kernels'
+    if backend == "triton" and basis != "model" and stepped:
+        return linear_kernel_cost(phi, is_causal, shape, training, phase, basis)
     width = accumulation_dtype(shape.dtype).itemsize
     size, heads, kv_heads = phi.num_features(shape.head_dim), shape.num_heads, shape.num_kv_heads
     rows, keys = shape.batch * heads * shape.q_len, shape.batch * kv_heads * shape.kv_len
@@ -214,6 +226,9 @@ def register_flop_formulas() -> None:
         operators.linear_forward: _linear_forward_flops,
         operators.linear_backward: _linear_backward_flops,
         operators.linear_scan: _scan_flops,
+        operators.chunked_linear_forward: chunked_linear_forward_flops,
+        operators.chunked_linear_backward: chunked_linear_backward_flops,
+        operators.chunked_linear_step: chunked_linear_step_flops,
     }
     for operator, formula in formulas.items():
         if operator not in flop_registry:

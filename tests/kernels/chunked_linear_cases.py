@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from efficient_attn import LinearAttention, PerformerAttention
+from efficient_attn.complexity import Shape
 from efficient_attn.feature_maps import FORMULAS, formula_of, orthogonal_gaussian
 from efficient_attn.kernels.chunked_linear import launch
+from efficient_attn.kernels.chunked_linear.configs import TABLE
+from efficient_attn.kernels.configs import INTERPRETER, Config
 from efficient_attn.kernels.decode.linear import linear_step
 from efficient_attn.ops import stream
 from efficient_attn.ops.composed import running_maximum
+from efficient_attn.ops.linear_kernel_costs import linear_counts
 
 from .__main__ import hasten_and_count
 
 UNITS = {torch.float32: 64, torch.float16: 6}
 """Units in the last place of the largest entry that an error may have: sums in fp32, one rounding of half."""
+
+
+COUNTED: dict[str, Any] = {
+    "one span": ("elu", 2, 20, 20, 16, 16, "float32", True, False),
+    "several spans": ("elu", 2, 75, 75, 40, 40, "float16", True, False),
+    "fewer queries": ("exp", 4, 20, 90, 16, 16, "float16", True, False),
+    "more queries": ("elu", 2, 70, 20, 16, 16, "float32", False, False),
+    "projected": ("favor", 2, 37, 60, 16, 70, "float16", True, False),
+    "projected exactly": ("favor", 2, 37, 60, 24, 70, "float32", False, False),
+    "not causal": ("relu", 4, 37, 70, 20, 20, "float16", False, False),
+    "other blocks": ("favor", 2, 37, 44, 24, 70, "float16", True, True),
+    "other blocks, not causal": ("squared_relu", 2, 60, 37, 70, 70, "float32", False, True),
+}  # fmt: skip
+"""feature, heads, queries, keys, width, features, dtype, is_causal, whether the blocks are those below."""
+
+OTHER = {
+    "exponents": Config.of(4, 1, CHUNK=8, BLOCK_M=16),
+    "states": Config.of(4, 1, CHUNK=8, BLOCK_M=16, BLOCK_V=16),
+    "rows": Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=48, BLOCK_V=16),
+    "rows_projected": Config.of(4, 1, CHUNK=32, BLOCK_M=16, FEATURES=32, BLOCK_V=16),
+    "row_gradients": Config.of(4, 1, CHUNK=8, BLOCK_M=16, FEATURES=48),
+    "key_gradients": Config.of(4, 1, CHUNK=8, BLOCK_M=32, FEATURES=64),
+}
+"""Blocks of which none is like another kernel's."""
 
 
 def judge(
@@ -131,8 +162,59 @@ def judge_far_offsets() -> list[str]:
     return wrong
 
 
+def judge_counts() -> list[str]:
+    """FLOPs that are declared, against those of every product that the interpreter does."""
+    done = [0]
+    multiply = InterpreterBuilder.create_dot
+
+    def counted(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        done[0] += 2 * a.data.size * b.data.shape[-1]
+        return multiply(self, a, b, *others)
+
+    def flops(run: Callable[[], Any]) -> int:
+        done[0] = 0
+        run()
+        return done[0]
+
+    InterpreterBuilder.create_dot = counted
+    wrong = []
+    for name, (feature, heads, length, num_keys, width, size, dtype, causal, other) in COUNTED.items():
+        kind, batch = getattr(torch, dtype), 1 + (length < 30)
+        q, k, v = (
+            torch.randn(batch, *x).to(kind)
+            for x in ((heads, length, width), (heads // 2, num_keys, width), (heads // 2, num_keys, 24))
+        )
+        m: Any = (
+            PerformerAttention(width, num_features=size)
+            if feature == "favor"
+            else LinearAttention(feature_map=feature)
+        )
+        m.is_causal, m.backend = causal, "triton"
+        configs = copy.deepcopy(TABLE)
+        if other:
+            for kernel, config in OTHER.items():
+                TABLE[kernel] |= {key: config for key in TABLE[kernel] if key[0] == INTERPRETER}
+        shape = Shape(
+            batch, heads, length, num_keys, width, num_kv_heads=heads // 2, v_head_dim=24, dtype=kind
+        )
+        declared = linear_counts(m.feature_map, causal, shape, INTERPRETER)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        outputs = []
+        here = flops(lambda: outputs.append(m(*leaves)))  # noqa: B023
+        there = flops(outputs[0].sum().backward)
+        TABLE.update(configs)
+        for what, a, b in (("forward", here, declared[0]), ("backward", there, declared[1])):
+            if a != sum(b.values()):
+                wrong.append(f"{name}, {what}: {a} are done, {sum(b.values())} declared, {dict(b)}")
+    InterpreterBuilder.create_dot = multiply
+    return wrong
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     hasten_and_count()
     results = {name: judge(**options) for name, options in json.loads(sys.argv[1]).items()}
-    print(json.dumps({**results, "decoding": judge_decoding(), "far offsets": judge_far_offsets()}))
+    results |= {
+        "decoding": judge_decoding(), "far offsets": judge_far_offsets(), "counts": judge_counts(),
+    }  # fmt: skip
+    print(json.dumps(results))

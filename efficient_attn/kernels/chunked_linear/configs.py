@@ -17,6 +17,24 @@ PROGRAMS = 1024
 LARGEST_PROJECTED = 64
 """The largest head size whose random features are computed in registers without spilling."""
 
+DECODE_BLOCKS = 64, 32
+"""Features, and columns of values, that are read at once for one new token."""
+
+
+def padded(size: int) -> int:
+    """The width of the tile that holds `size` columns."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def span_of(heads: int, tokens: int, interpreted: bool) -> int:
+    """The tokens of a span, for so many heads of so many tokens."""
+    if interpreted:
+        return 32
+    span = LONGEST_SPAN
+    while span > SHORTEST_SPAN and heads * -(-tokens // span) < PROGRAMS:
+        span //= 2
+    return span
+
 
 def _everywhere(interpreter: Config, table: dict[Key, Config]) -> dict[Key, Config]:
     small = {(INTERPRETER, width, size): interpreter for width in (2, 4) for size in (64, 128, 256)}

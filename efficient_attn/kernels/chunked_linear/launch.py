@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..configs import INTERPRETER, Config, architecture_of, lookup
 from .backward import delta_kernel, row_gradients_kernel
-from .configs import LONGEST_SPAN, PROGRAMS, SHORTEST_SPAN, TABLE
+from .configs import TABLE, padded, span_of
 from .features import exponents_kernel
 from .forward import rows_kernel
 from .key_gradients import key_gradients_kernel
@@ -40,10 +40,6 @@ def _rounded(x: Tensor, precision: str) -> Tensor:
     if precision == "tf32":
         return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return x.to(torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -101,8 +97,9 @@ class Pass:
         self.shapes: dict[str, Any] = {
             "FEATURE": feature, "E": width, "EV": self.values, "M": self.size, "PRECISION": self.precision,
         }  # fmt: skip
-        self.padded = {"BLOCK_X": _padded(width), "BLOCK_V": _padded(self.values)}
-        self.span = self._span()
+        self.padded = {"BLOCK_X": padded(width), "BLOCK_V": padded(self.values)}
+        interpreted = architecture_of(q.device) == INTERPRETER
+        self.span = span_of(self.batch * self.kv_heads, max(self.num_keys, self.length), interpreted)
         self.key_spans = triton.cdiv(self.num_keys, self.span)
         if not is_causal:
             offset = self.key_spans * self.span
@@ -114,29 +111,20 @@ class Pass:
             start = self.span - 1
         self.row_spans = triton.cdiv(start + self.length, self.span)
 
-    def _span(self) -> int:
-        if architecture_of(self.q.device) == INTERPRETER:
-            return 32
-        heads, tokens = self.batch * self.kv_heads, max(self.num_keys, self.length)
-        span = LONGEST_SPAN
-        while span > SHORTEST_SPAN and heads * triton.cdiv(tokens, span) < PROGRAMS:
-            span //= 2
-        return span
-
     def config(self, kernel: str) -> Config:
         return lookup(TABLE, kernel, *self._key)
 
     def blocks(self, config: Config) -> dict[str, int]:
         """The constants of a config, no wider than the tensors need."""
         constants = {name: size for name, size in config.constants.items() if name != "FEATURES"}
-        constants["BLOCK_M"] = min(constants["BLOCK_M"], _padded(self.size))
+        constants["BLOCK_M"] = min(constants["BLOCK_M"], padded(self.size))
         if "BLOCK_V" in constants:
             constants["BLOCK_V"] = min(constants["BLOCK_V"], self.padded["BLOCK_V"])
         return {**self.padded, **constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
     def parts(self, config: Config) -> Iterator[dict[str, Any]]:
         """The launches that together take all features."""
-        block = min(config["BLOCK_M"], _padded(self.size))
+        block = min(config["BLOCK_M"], padded(self.size))
         for first in range(0, self.size, config["FEATURES"]):
             last = min(first + config["FEATURES"], self.size)
             yield {
@@ -245,13 +233,13 @@ def exponents(
     config = lookup(TABLE, "exponents", x.device, x.dtype, width)
     blocks = triton.cdiv(length, config["CHUNK"])
     size = width if projection is None else projection.shape[0]
-    constants = {**config.launch, "BLOCK_M": min(config["BLOCK_M"], _padded(size))}
+    constants = {**config.launch, "BLOCK_M": min(config["BLOCK_M"], padded(size))}
     exponents_kernel[(batch * heads * blocks,)](
         x,
         None if valid is None else valid.contiguous().view(torch.int8),
         halves(projection, precision_of(x.dtype)),
         shift, exponent, scale, *_strides(x), heads, length, blocks,
-        FEATURE=feature, E=width, M=size, PRECISION=precision_of(x.dtype), BLOCK_X=_padded(width), **constants,
+        FEATURE=feature, E=width, M=size, PRECISION=precision_of(x.dtype), BLOCK_X=padded(width), **constants,
     )  # fmt: skip
     return shift, exponent
 

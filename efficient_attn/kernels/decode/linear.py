@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chunked_linear.configs import DECODE_BLOCKS, padded
 from ..chunked_linear.features import NOTHING, exponent_of, values_of
-
-BLOCK_M, BLOCK_V = 64, 32
 
 
 @triton.jit
@@ -166,8 +165,8 @@ def linear_step(
     new_exponent = (
         None if exponent is None else torch.empty(exponent.shape, dtype=exponent.dtype, device=q.device)
     )
-    padded = max(16, triton.next_power_of_2(width))
-    linear_step_kernel[(batch * heads, triton.cdiv(values, BLOCK_V))](
+    block_m, block_v = DECODE_BLOCKS
+    linear_step_kernel[(batch * heads, triton.cdiv(values, block_v))](
         q, k, v,
         None if valid is None else valid.contiguous().view(torch.int8),
         kv,
@@ -176,6 +175,6 @@ def linear_step(
         out, new_kv, new_exponent, scale,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads,
         GROUPS=heads // k.shape[1], FEATURE=feature, E=width, EV=values, M=size,
-        BLOCK_M=BLOCK_M, BLOCK_X=padded, BLOCK_V=BLOCK_V, num_warps=4,
+        BLOCK_M=block_m, BLOCK_X=padded(width), BLOCK_V=block_v, num_warps=4,
     )  # fmt: skip
     return out, new_kv, new_exponent
