@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from efficient_attn import SlidingWindowAttention
 from efficient_attn.mechanisms import MECHANISMS, Mechanism
 from efficient_attn.testing import within_budget
 from efficient_attn.testing.laws.law import expect_identical
@@ -304,7 +305,7 @@ def test_a_call_in_a_cuda_graph(mechanism: Mechanism) -> None:
 
 def test_the_default_device_changes_nothing() -> None:
     """Numbers for the host stay there, so that no call waits for the device."""
-    m = on_the_kernel(MECHANISMS["sliding_window"](window_size=100, is_causal=True), torch.bfloat16)
+    m = on_the_kernel(SlidingWindowAttention(100, is_causal=True), torch.bfloat16)
     inputs = random_inputs(1000, 64, torch.bfloat16)
     expected = m(*inputs)
     with torch.device(GPU):
