@@ -93,11 +93,11 @@ def build(
 def variants() -> Iterator[Variant]:
     """Every kernel in bf16 on every architecture, in the other dtypes on sm_90 for the smallest heads."""
     # Here, because listing what is shipped is what imports Triton.
-    from .backward import row_gradients_kernel
+    from .backward import delta_kernel, row_gradients_kernel
     from .features import exponents_kernel
     from .forward import rows_kernel
     from .key_gradients import key_gradients_kernel
-    from .states import key_states_kernel, row_states_kernel
+    from .states import key_states_kernel, row_states_kernel, running_sum_kernel
 
     walks = {
         "rows": (rows_kernel,),
@@ -115,3 +115,27 @@ def variants() -> Iterator[Variant]:
             if name != "exponents":
                 for element in ("fp16", "fp32"):
                     yield build(kernel, name, 90, element, "elu", 64, 64)
+    yield from _elementwise(delta_kernel, running_sum_kernel)
+
+
+def _elementwise(delta_kernel: Any, running_sum_kernel: Any) -> Iterator[Variant]:
+    """What has no products, and is cut in one way."""
+    for width in (64, 128, 256):
+        constants: dict[Any, dict[str, Any]] = {
+            delta_kernel: {"EV": width, "CHUNK": 64, "BLOCK_V": width},
+            running_sum_kernel: {"SIZE": width * (width + 1), "REVERSE": True, "BLOCK": 512},
+        }
+        for kernel, constexprs in constants.items():
+            names = [name for name in kernel.arg_names if name not in constexprs]
+            signature = {name: "*bf16" if name in _INPUTS else _NUMBERS.get(name, "i32") for name in names}
+            yield Variant(
+                kernel=kernel,
+                arch=90,
+                head_size=width,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=4,
+                num_stages=3,
+                has_dot=False,
+                multiples=[name for name in names if name.split("_")[-1] in _ALIGNED],
+            )
