@@ -26,12 +26,17 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def span_of(heads: int, tokens: int, interpreted: bool) -> int:
     """The tokens of a span, for so many heads of so many tokens."""
     if interpreted:
         return 32
     span = LONGEST_SPAN
-    while span > SHORTEST_SPAN and heads * -(-tokens // span) < PROGRAMS:
+    while span > SHORTEST_SPAN and heads * ceil_div(tokens, span) < PROGRAMS:
         span //= 2
     return span
 
@@ -42,17 +47,19 @@ def _everywhere(interpreter: Config, table: dict[Key, Config]) -> dict[Key, Conf
 
 
 def _alike(
-    two: dict[int, Config], four: dict[int, Config], little_memory: dict[int, Config] | None = None
+    two: dict[int, Config], four: dict[int, Config], elsewhere: dict[int, dict[int, Config]] | None = None
 ) -> dict[Key, Config]:
     """One config for all architectures: `two` and `four` are by head size, for operands of so many bytes.
 
-    `little_memory` replaces some of `two` where a program has 99 KB of shared memory.
+    `elsewhere` replaces some of `two`, by architecture and head size.
     """
     table: dict[Key, Config] = {}
     for arch in ARCHITECTURES:
         table |= {(arch, 2, size): config for size, config in two.items()}
         table |= {(arch, 4, size): config for size, config in four.items()}
-    return table | {(86, 2, size): config for size, config in (little_memory or {}).items()}
+    for arch, configs in (elsewhere or {}).items():
+        table |= {(arch, 2, size): config for size, config in configs.items()}
+    return table
 
 
 _INTERPRETED = Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=32)
@@ -74,7 +81,7 @@ TABLE: dict[str, dict[Key, Config]] = {
                 256: Config.of(8, 2, CHUNK=64, BLOCK_M=128, BLOCK_V=128),
             },
             {size: Config.of(8, 1, CHUNK=32, BLOCK_M=32, BLOCK_V=64) for size in (64, 128, 256)},
-            {128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, BLOCK_V=128)},
+            {86: {128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, BLOCK_V=128)}},
         ),
     ),
     "rows": _everywhere(
@@ -86,6 +93,10 @@ TABLE: dict[str, dict[Key, Config]] = {
                 256: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
             },
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
+            {
+                arch: dict.fromkeys((64, 128), Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64, BLOCK_V=64))
+                for arch in (80, 86, 100)
+            },
         ),
     ),
     "rows_projected": _everywhere(
@@ -112,7 +123,7 @@ TABLE: dict[str, dict[Key, Config]] = {
             {
                 64: Config.of(4, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
                 128: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
-                256: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32),
+                256: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
             },
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32) for size in (64, 128, 256)},
         ),

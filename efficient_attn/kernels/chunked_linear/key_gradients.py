@@ -1,6 +1,6 @@
 """The gradients of keys and values: a walk from the last chunk back; see backward.py for the equations."""
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
 from __future__ import annotations
 
 import triton

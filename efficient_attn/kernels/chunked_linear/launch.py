@@ -1,6 +1,6 @@
 """The launches of one pass: states, their running sums, then rows or keys."""
 
-# pyright: basic, reportIndexIssue=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..configs import INTERPRETER, Config, architecture_of, lookup
 from .backward import delta_kernel, row_gradients_kernel
-from .configs import TABLE, padded, span_of
+from .configs import TABLE, ceil_div, padded, span_of
 from .features import exponents_kernel
 from .forward import rows_kernel
 from .key_gradients import key_gradients_kernel
@@ -100,7 +99,7 @@ class Pass:
         self.padded = {"BLOCK_X": padded(width), "BLOCK_V": padded(self.values)}
         interpreted = architecture_of(q.device) == INTERPRETER
         self.span = span_of(self.batch * self.kv_heads, max(self.num_keys, self.length), interpreted)
-        self.key_spans = triton.cdiv(self.num_keys, self.span)
+        self.key_spans = ceil_div(self.num_keys, self.span)
         if not is_causal:
             offset = self.key_spans * self.span
         self.offset = offset
@@ -109,7 +108,7 @@ class Pass:
             start = min(max(offset, -self.length), self.num_keys if is_causal else offset) % self.span
         else:
             start = self.span - 1
-        self.row_spans = triton.cdiv(start + self.length, self.span)
+        self.row_spans = ceil_div(start + self.length, self.span)
 
     def config(self, kernel: str) -> Config:
         return lookup(TABLE, kernel, *self._key)
@@ -129,7 +128,7 @@ class Pass:
             last = min(first + config["FEATURES"], self.size)
             yield {
                 "first_feature": first,
-                "NUM_BLOCKS": triton.cdiv(last - first, block),
+                "NUM_BLOCKS": ceil_div(last - first, block),
                 "BEGIN": first == 0,
                 "END": last == self.size,
             }
@@ -192,8 +191,8 @@ class Pass:
         programs = self.batch * self.kv_heads * spans
         return (
             programs,
-            triton.cdiv(self.size, blocks["BLOCK_M"]),
-            triton.cdiv(self.values, blocks["BLOCK_V"]),
+            ceil_div(self.size, blocks["BLOCK_M"]),
+            ceil_div(self.values, blocks["BLOCK_V"]),
         )
 
     def _sum_up(self, states: Tensor, position: Tensor, reverse: bool) -> None:
@@ -201,7 +200,7 @@ class Pass:
         factors = self._factors(position, reverse) if self.is_causal else None
         block = 32 if architecture_of(self.q.device) == INTERPRETER else 512
         slots, size = states.shape[1:]
-        grid = len(states), triton.cdiv(size, block)
+        grid = len(states), ceil_div(size, block)
         running_sum_kernel[grid](states, factors, slots, SIZE=size, REVERSE=reverse, BLOCK=block, num_warps=4)
 
     def _factors(self, position: Tensor, reverse: bool) -> Tensor | None:
@@ -231,7 +230,7 @@ def exponents(
     shift = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)
     exponent = torch.empty_like(shift) if of_keys else None
     config = lookup(TABLE, "exponents", x.device, x.dtype, width)
-    blocks = triton.cdiv(length, config["CHUNK"])
+    blocks = ceil_div(length, config["CHUNK"])
     size = width if projection is None else projection.shape[0]
     constants = {**config.launch, "BLOCK_M": min(config["BLOCK_M"], padded(size))}
     exponents_kernel[(batch * heads * blocks,)](
@@ -255,7 +254,7 @@ def forward(p: Pass, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     part = torch.empty(out.shape, dtype=torch.float32, device=q.device) if len(parts) > 1 else None
     part_total = None
     row_shift = None if p.exponents is None else p.exponents.row_shift
-    grid = p.batch * p.heads * p.row_spans, triton.cdiv(p.values, blocks["BLOCK_V"])
+    grid = p.batch * p.heads * p.row_spans, ceil_div(p.values, blocks["BLOCK_V"])
     for features in parts:
         weights = total if features["END"] else torch.empty_like(total)
         rows_kernel[grid](
@@ -275,7 +274,7 @@ def backward(
     """The gradients of q, k and v."""
     grad, delta = _rows(grad), torch.empty_like(total)
     chunk = 16 if architecture_of(grad.device) == INTERPRETER else 64
-    blocks = triton.cdiv(p.length, chunk)
+    blocks = ceil_div(p.length, chunk)
     delta_kernel[(p.batch * p.heads * blocks,)](
         grad, out, lost, delta, *_strides(grad), p.heads, p.length, blocks,
         EV=p.values, CHUNK=chunk, BLOCK_V=p.padded["BLOCK_V"], num_warps=4,

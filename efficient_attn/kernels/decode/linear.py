@@ -4,7 +4,8 @@ A program has one query head and a block of value columns. All of a group make t
 Nothing is read on the host, so that the launch can be captured in a CUDA graph.
 """
 
-# pyright: basic, reportIndexIssue=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked_linear.configs import DECODE_BLOCKS, padded
+from ..chunked_linear.configs import DECODE_BLOCKS, ceil_div, padded
 from ..chunked_linear.features import NOTHING, exponent_of, values_of
 
 
@@ -166,7 +167,7 @@ def linear_step(
         None if exponent is None else torch.empty(exponent.shape, dtype=exponent.dtype, device=q.device)
     )
     block_m, block_v = DECODE_BLOCKS
-    linear_step_kernel[(batch * heads, triton.cdiv(values, block_v))](
+    linear_step_kernel[(batch * heads, ceil_div(values, block_v))](
         q, k, v,
         None if valid is None else valid.contiguous().view(torch.int8),
         kv,
