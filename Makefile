@@ -11,10 +11,10 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test fuzz mutants demo bench peers lint format clean
+.PHONY: help test fuzz mutants demo bench bench-gpu peers lint format clean
 
 help:  ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 test: $(VENV)/.dev  ## install what the tests need, then run all of them
 	$(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
@@ -31,6 +31,10 @@ demo: $(VENV)/.demo  ## install what the demo needs, then run examples/long_cont
 bench: $(VENV)/.bench  ## measure this CPU, an hour or two, and write benchmarks/README.md; BENCH_ARGS=--quick for a trial
 	$(RUN) benchmarks/cpu.py $(BENCH_ARGS)
 	$(if $(findstring --quick,$(BENCH_ARGS)),,$(RUN) benchmarks/page.py --summary README.md)
+
+bench-gpu: $(VENV)/.bench-gpu  ## measure this GPU, hours, and add it to benchmarks/README.md; BENCH_ARGS=--quick, --judged, --tune
+	$(RUN) benchmarks/gpu.py $(BENCH_ARGS)
+	$(if $(findstring --quick,$(BENCH_ARGS)),,$(RUN) benchmarks/page.py)
 
 # Its build wants CUDA wherever it finds nvcc, so it must not find one.
 peers: $(VENV)/.bench  ## build one more peer of the benchmarks, pytorch-fast-transformers: minutes, and a C++ compiler

@@ -1,8 +1,8 @@
-"""Makes benchmarks/README.md, with its pictures, from the records of `benchmarks/cpu.py`.
+"""Makes benchmarks/README.md, with its pictures, from the records of `benchmarks/cpu.py` and `benchmarks/gpu.py`.
 
-    python benchmarks/page.py                          # reads results/cpu.jsonl
+    python benchmarks/page.py                       # reads results/cpu.jsonl, gpu.jsonl and tune.jsonl
     python benchmarks/page.py --summary README.md   # and puts the short table into the README
-    python benchmarks/page.py --records FILE --out FOLDER
+    python benchmarks/page.py --records FILE --gpu-records FILE --out FOLDER
 
 Of each cell the newest record counts. Pictures need matplotlib; without it the page has tables alone.
 """
@@ -13,15 +13,17 @@ import argparse
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plan
-from benchmarks.harness.cells import FORWARD, MEMORY, Cell
+from benchmarks import plan, plan_gpu
+from benchmarks.harness.cells import BACKWARD, FORWARD, MEMORY, TRAINING, Cell, Target
+from benchmarks.harness.gpu_tables import GPU_LEGEND, gpu_tables
 from benchmarks.harness.records import OK, WRONG, Record, Records
-from benchmarks.harness.tables import LEGEND, MET, MISSED, markdown, tables, verdict
+from benchmarks.harness.tables import LEGEND, MET, MISSED, Table, judged, markdown, tables, verdict
 from benchmarks.summary import filled_in, summary
 
 HERE = Path(__file__).parent
@@ -42,6 +44,26 @@ How a ratio is measured:
 
 How to read a table:
 """
+GPU_INTRODUCTION = """\
+# On a GPU
+
+From `results/gpu.jsonl` and `results/tune.jsonl`, which `python benchmarks/gpu.py` writes: bfloat16, batch 1, 16 heads,
+D the head size. Beyond what holds on a CPU:
+
+- Times are those of CUDA events, each call after a write that empties the L2 cache. Forward, backward, and both.
+- flex_attention is compiled, tuned by Inductor, with the faster of two block sizes, its tables built beforehand.
+- A matrix product and a copy, measured in the same process, say what the machine could do: the roofline.
+- The gate compares every row up to 4,096 tokens, 256 beyond; ours is also WRONG at 1.5 times a right peer's error.
+
+How to read a table:
+"""
+
+NO_GPU_RECORDS = """\
+# On a GPU
+
+Not measured yet. `python benchmarks/gpu.py` measures it, on a machine with an NVIDIA GPU; what it compares, and the
+targets, are in `plan_gpu.py`.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,14 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
     records, complaints = Records(options.records).read()
     for complaint in complaints:
         print(complaint, file=sys.stderr)
-    newest = in_order_of_plan(newest_of_each(records))
+    threads = sorted({record["cell"]["threads"] for record in records})
+    newest = in_order_of(plan.cells(plan.SECTIONS, threads, "full"), newest_of_each(records))
     if not newest:
         print(f"no records of a full run in {options.records}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     pictures = draw(newest, options.out / "results")
     page = options.out / "README.md"
-    page.write_text(page_of(newest, complaints, pictures), encoding="utf-8")
+    text = page_of(newest, complaints, pictures)
+    on_gpu, more = gpu_records(options.gpu_records)
+    drawn = draw_gpu(on_gpu, options.out / "results")
+    text += "\n" + (gpu_page_of(on_gpu, more, drawn) if on_gpu else NO_GPU_RECORDS)
+    pictures += drawn
+    page.write_text(text, encoding="utf-8")
     if options.summary is not None:
         options.summary.write_text(filled_in(options.summary.read_text(), summary(newest)))
     print(f"wrote {page}" + "".join(f" and {picture}" for picture in pictures))
@@ -69,10 +97,19 @@ def newest_of_each(records: Sequence[Record]) -> list[Record]:
     return list(newest.values())
 
 
-def in_order_of_plan(records: Sequence[Record]) -> list[Record]:
+def gpu_records(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """The newest of each cell in the order of the plan, from the files that are there, and all complaints."""
+    found, complaints = [], []
+    for path in paths:
+        records, more = Records(path).read()
+        found += records
+        complaints += more
+    planned = [*plan_gpu.cells(plan_gpu.SECTIONS, "full"), *plan_gpu.tuning("full")]
+    return in_order_of(planned, newest_of_each(found)), complaints
+
+
+def in_order_of(planned: Sequence[Cell], records: Sequence[Record]) -> list[Record]:
     """As the plan has them, section by section; cells that it no longer has come last."""
-    threads = sorted({record["cell"]["threads"] for record in records})
-    planned = plan.cells(plan.SECTIONS, threads, "full")
     place = {cell: i for i, cell in enumerate(planned)}
     return sorted(records, key=lambda record: place.get(Cell.from_identity(record["cell"]), len(place)))
 
@@ -80,8 +117,27 @@ def in_order_of_plan(records: Sequence[Record]) -> list[Record]:
 def page_of(records: Sequence[Record], complaints: Sequence[str], pictures: Sequence[Path]) -> str:
     """The whole page."""
     made = tables(records, plan.targets("full"))
-    legend = "\n".join(f"- {sentence}" for sentence in LEGEND)
-    parts = [INTRODUCTION + "\n" + legend, "## Where", *where(records), "## Targets", targets_met(records)]
+    found = [*where(records), "## Targets", targets_met(records, plan.target_of)]
+    return _text(INTRODUCTION, LEGEND, found, made, complaints, pictures)
+
+
+def gpu_page_of(records: Sequence[Record], complaints: Sequence[str], pictures: Sequence[Path]) -> str:
+    """The part of the page about GPUs."""
+    made = gpu_tables(records, plan_gpu.targets("full"))
+    found = [*where_on_gpu(records), "## Targets on a GPU", targets_met(records, plan_gpu.target_of)]
+    return _text(GPU_INTRODUCTION, GPU_LEGEND, found, made, complaints, pictures)
+
+
+def _text(
+    introduction: str,
+    legend: Sequence[str],
+    found: Sequence[str],
+    made: Sequence[Table],
+    complaints: Sequence[str],
+    pictures: Sequence[Path],
+) -> str:
+    sentences = "\n".join(f"- {sentence}" for sentence in legend)
+    parts = [introduction + "\n" + sentences, "## Where", *found]
     parts += [f"![{picture.stem}](results/{picture.name})" for picture in pictures]
     for table in made:
         parts += [f"## {table.title}", markdown(table)]
@@ -96,12 +152,9 @@ def where(records: Sequence[Record]) -> list[str]:
     for record in records:
         found = record["environment"]
         libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
-        commit = (found["commit"] or "unknown")[:12] + (
-            ", with uncommitted changes" if found["dirty"] else ""
-        )
         described[
             f"{found['cpu']}, {found['cores']} cores ({' '.join(found['flags'])}), {found['system']}; "
-            f"Python {found['python']}, {libraries}; commit {commit}; {found['date'][:10]}"
+            f"Python {found['python']}, {libraries}; commit {commit_of(found)}; {found['date'][:10]}"
         ] += 1
     loads = [record["environment"]["load"][0] for record in records if record["environment"]["load"]]
     lines = [f"- {count} cells: {text}" for text, count in described.items()]
@@ -112,19 +165,38 @@ def where(records: Sequence[Record]) -> list[str]:
     return ["\n".join(lines), f"{busy} {bf16}".strip()]
 
 
-def targets_met(records: Sequence[Record]) -> str:
+def where_on_gpu(records: Sequence[Record]) -> list[str]:
+    """The GPUs and versions, each with the number of cells that come from it."""
+    described: Counter[str] = Counter()
+    for record in records:
+        found = record["environment"]
+        gpu, libraries = found["gpu"], found["libraries"].items()
+        described[
+            f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}; "
+            f"Python {found['python']}, {', '.join(f'{name} {version}' for name, version in libraries)}; "
+            f"commit {commit_of(found)}; {found['date'][:10]}"
+        ] += 1
+    return ["\n".join(f"- {count} cells: {text}" for text, count in described.items())]
+
+
+def commit_of(found: dict[str, Any]) -> str:
+    """The commit of an environment, and whether there were changes beside it."""
+    return (found["commit"] or "unknown")[:12] + (", with uncommitted changes" if found["dirty"] else "")
+
+
+def targets_met(records: Sequence[Record], target_of: Callable[[Cell], Target | None]) -> str:
     """How many targets are met, and each one that is missed."""
     verdicts: Counter[str] = Counter()
     missed = []
     for record in records:
         cell = Cell.from_identity(record["cell"])
-        target, found = plan.target_of(cell), record["result"].get("ratio")
+        target, found = target_of(cell), judged(record)
         if target is None:
             continue
-        said = verdict(found["median"], target) if found else "not measured"
+        said = verdict(found[0], target) if found else "not measured"
         verdicts[said] += 1
-        if said == MISSED:
-            missed.append(f"- {cell.label}: {found['median']:.3g}x, target {target}")
+        if found and said == MISSED:
+            missed.append(f"- {cell.label}: {found[0]:.3g}x, target {target}")
     counts = f"{verdicts[MET]} met, {verdicts[MISSED]} missed, {verdicts['not measured']} not measured."
     return "\n".join([counts, "", *missed]).strip()
 
@@ -144,7 +216,51 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     return drawn
 
 
+def draw_gpu(records: Sequence[Record], folder: Path) -> list[Path]:
+    """The pictures of a GPU that the records suffice for, at head size 64."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    lines = {work: _gpu_ratio_lines(records, work) for work in (FORWARD, BACKWARD, TRAINING)}
+    drawn = [
+        _picture(
+            folder / f"gpu-{work.replace('+', '-')}.png",
+            found,
+            f"On a GPU, {work}: ours / peer",
+            "times as fast",
+            1.0,
+        )
+        for work, found in lines.items()
+        if found
+    ]
+    if roofs := _roofline_lines(records):
+        title = "On a GPU, forward: fraction of the roofline"
+        drawn.append(_picture(folder / "gpu-roofline.png", roofs, title, "fraction", 1.0))
+    return drawn
+
+
 Lines = dict[str, list[tuple[int, float]]]
+
+
+def _gpu_ratio_lines(records: Sequence[Record], work: str) -> Lines:
+    lines: Lines = {}
+    for record in records:
+        cell = Cell.from_identity(record["cell"])
+        if (cell.work, cell.head_dim) == (work, 64) and "ratio" in record["result"]:
+            ratio = record["result"]["ratio"]["median"]
+            lines.setdefault(f"{cell.subject} / {cell.peer}", []).append((cell.length, ratio))
+    return {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+
+
+def _roofline_lines(records: Sequence[Record]) -> Lines:
+    lines: Lines = {}
+    for record in records:
+        cell = Cell.from_identity(record["cell"])
+        if (cell.section, cell.work, cell.head_dim) == ("alone", FORWARD, 64) and "roofline" in record[
+            "result"
+        ]:
+            fraction = record["result"]["roofline"]["fraction"]
+            lines.setdefault(cell.subject, []).append((cell.length, fraction))
+    return {name: sorted(points) for name, points in lines.items() if len(points) > 1}
 
 
 def _ratio_lines(records: Sequence[Record]) -> Lines:
@@ -197,6 +313,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--records", type=Path, default=HERE / "results" / "cpu.jsonl")
+    parser.add_argument(
+        "--gpu-records",
+        type=Path,
+        nargs="*",
+        default=[HERE / "results" / name for name in ("gpu.jsonl", "tune.jsonl")],
+        help="files that benchmarks/gpu.py wrote; those that are not there are left out",
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder of README.md (default: benchmarks)")
     parser.add_argument("--summary", type=Path, help="a file in which to fill in the short table of speed")
     options = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ from benchmarks.harness.cells import (
 )
 from benchmarks.harness.tables import Targets
 from benchmarks.peers import OWN_FORWARD
-from benchmarks.subjects import SUBJECTS, has_mask, is_causal_alone, is_subquadratic
+from benchmarks.subjects import FOR_GPUS, SUBJECTS, has_mask, is_causal_alone, is_subquadratic
 
 NEVER_SLOWER = Target(1.0)
 LITTLE_SLOWER = Target(1 / 1.3)
@@ -87,7 +87,7 @@ def full(at: Sizes) -> Iterator[Cell]:
 
 def every(at: Sizes) -> Iterator[Cell]:
     for name in SUBJECTS:
-        if name not in ("full", "full, causal", *LONG_STRIDES):
+        if name not in ("full", "full, causal", *LONG_STRIDES, *FOR_GPUS):
             peer = "masked SDPA" if has_mask(name) else "SDPA"
             for work in (FORWARD, TRAINING):
                 yield _race("every", name, work, at.short, peer, LITTLE_SLOWER)
@@ -232,4 +232,5 @@ def _race(
 def _subquadratic(at: Sizes, without: tuple[str, ...]) -> tuple[str, ...]:
     if at.few:
         return WINDOW, LINEAR
-    return tuple(name for name in SUBJECTS if is_subquadratic(name) and name not in without)
+    left_out = (*without, *FOR_GPUS)
+    return tuple(name for name in SUBJECTS if is_subquadratic(name) and name not in left_out)

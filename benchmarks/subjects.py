@@ -28,6 +28,7 @@ SUBJECTS: dict[str, Build] = {
     "full, causal": lambda n, h, e: FullAttention(is_causal=True),
     "flash, causal": lambda n, h, e: FlashAttention(is_causal=True),
     "window 256, causal": lambda n, h, e: SlidingWindowAttention(256, is_causal=True),
+    "window 1024, causal": lambda n, h, e: SlidingWindowAttention(1024, is_causal=True),
     "longformer 256 + 64": lambda n, h, e: LongformerAttention(256, global_tokens=64),
     "bigbird b64": lambda n, h, e: BigBirdAttention(block_size=64),
     "bigbird b64, causal": lambda n, h, e: BigBirdAttention(block_size=64, is_causal=True),
@@ -41,6 +42,9 @@ SUBJECTS: dict[str, Build] = {
     "linear": lambda n, h, e: LinearAttention(),
     "linear, causal": lambda n, h, e: LinearAttention(is_causal=True),
 }
+
+FOR_GPUS = ("window 1024, causal",)
+"""Too long to be measured at the lengths of a CPU."""
 
 _TRIAL = (64, 8, 64)
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from battery import PROPERTIES
 
+from efficient_attn.kernels.screening import HEADING
+
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
@@ -47,12 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def law_cases(passed: Iterable[pytest.TestReport]) -> Counter[str]:
-    """The number of cases that held, by law, as the tests gave them to `record_property`."""
+    """The number of cases that held, by law, as the tests gave them to `record_property`, of one law or of many."""
     cases: Counter[str] = Counter()
     for report in passed:
         path = PurePosixPath(report.nodeid.partition("::")[0])
-        if report.when == "call" and LAWS in path.parents:
-            said = dict(report.user_properties)
+        said = dict(report.user_properties)
+        if report.when == "call" and "laws" in said:
+            cases.update(said["laws"])
+        elif report.when == "call" and LAWS in path.parents:
             cases[str(said.get("law", path.stem.removeprefix("test_")))] += int(said.get("cases", 1))
     return cases
 
@@ -78,6 +82,12 @@ def fuzzed(passed: Iterable[pytest.TestReport]) -> dict[str, Counter[str]]:
         if report.when == "call" and "checks" in said:
             made[str(said["mechanism"])].update(said["checks"])
     return made
+
+
+def screened(passed: Iterable[pytest.TestReport]) -> list[str]:
+    """What each kernel compiled to, in one order however many workers there were."""
+    said = (dict(report.user_properties) for report in passed if report.when == "call")
+    return sorted(str(properties["screened"]) for properties in said if "screened" in properties)
 
 
 def skip_reasons(skipped: Iterable[pytest.TestReport]) -> dict[str, list[str]]:
@@ -106,6 +116,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("properties")
         for number, count in sorted(held.items()):
             terminalreporter.write_line(f"{count:8,} cases  {number:2}. {PROPERTIES[number].claim}")
+    if rows := screened(terminalreporter.stats.get("passed", [])):
+        terminalreporter.section("kernels compiled without a GPU")
+        for row in (HEADING, *rows):
+            terminalreporter.write_line(row)
+        terminalreporter.write_line(f"{len(rows)} variants")
     if made := fuzzed(terminalreporter.stats.get("passed", [])):
         terminalreporter.section("random cases")
         names = list(sum(made.values(), Counter()))

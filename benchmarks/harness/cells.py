@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FORWARD = "forward"
+BACKWARD = "backward"
 TRAINING = "forward+backward"
 MEMORY = "memory"
 CAPACITY = "capacity"
 CAPACITY_FORWARD = "capacity, forward"
 DECODE = "decode"
-RACES = (FORWARD, TRAINING)
+TUNE = "tune"
+TABLES = "tables"
+RACES = (FORWARD, BACKWARD, TRAINING)
 ALONE = (MEMORY, CAPACITY, CAPACITY_FORWARD)
 """What is measured in a process that has measured nothing before."""
 
@@ -38,9 +41,9 @@ class Cell:
     Args:
         section: the table that it belongs to.
         subject: which of our mechanisms, by its name in `subjects.SUBJECTS`.
-        work: FORWARD or TRAINING for a race against `peer`; the others for ours alone.
+        work: one of RACES for a race against `peer`, or ours alone without one; the others for ours alone.
         length: tokens.
-        peer: whom ours is compared with, by its name in `peers.PEERS`; empty if with nobody.
+        peer: whom ours is compared with, by its name in `peers.PEERS`; empty if with nobody. TUNE: our kernel.
         threads: CPU threads of both sides.
         effort: how often to repeat, by its name in `measure.timing.EFFORTS`.
         positions: DECODE only: the tokens already in the state.
@@ -71,10 +74,13 @@ class Cell:
 
     @property
     def label(self) -> str:
-        against = f" vs {self.peer}" if self.peer else ""
+        versus = "of" if self.work == TUNE else "vs"
+        against = f" {versus} {self.peer}" if self.peer else ""
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.section}: {self.subject}{dtype} {self.work} at {self.length:,}{against}, {threads}"
+        size = "" if self.head_dim == 64 else f" D{self.head_dim}"
+        where = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        where = where if self.device == "cpu" else self.device
+        return f"{self.section}: {self.subject}{dtype}{size} {self.work} at {self.length:,}{against}, {where}"
 
     @classmethod
     def from_identity(cls, plain: Mapping[str, Any]) -> Cell:

@@ -24,24 +24,28 @@ LIBRARIES = (
     "local-attention",
     "pytorch-fast-transformers",
 )
+GPU_LIBRARIES = ("triton", "xformers", "fla-core")
 FLAGS = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "avx512_vnni"),
     *("amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "sve", "sve2", "bf16", "i8mm"),
 )
-VOLATILE = ("date", "load", "commit", "dirty", "available_bytes")
+VOLATILE = ("date", "load", "commit", "dirty", "available_bytes", "gpu_now")
 """What may change without making it another environment; of the sources, the digest counts."""
 
 
-def environment() -> dict[str, Any]:
-    """What a reader of a number wants to know, as JSON."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a reader of a number measured on `device` wants to know, as JSON."""
     import torch  # here, so that a worker starts without it until a cell needs it
 
+    on_gpu = device != "cpu"
+    libraries = LIBRARIES + (GPU_LIBRARIES if on_gpu else ())
     return {
+        **({"gpu": gpu(), "gpu_now": gpu_now()} if on_gpu else {}),
         **machine(),
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "libraries": {name: version for name in LIBRARIES if (version := installed(name))},
+        "libraries": {name: version for name in libraries if (version := installed(name))},
         "sources": sources_digest(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None
@@ -68,6 +72,31 @@ def machine() -> dict[str, Any]:
         "flags": [flag for flag in FLAGS if flag in flags],
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def gpu() -> dict[str, Any]:
+    """The first CUDA device, and the versions that decide what runs on it."""
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "memory_bytes": found.total_memory,
+        "processors": found.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_version")
+
+
+def gpu_now() -> dict[str, str] | None:
+    """Clocks, heat, power and the driver of the first device, if nvidia-smi says."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader", "--id=0"]
+    found = _output(query)
+    return None if found is None else dict(zip(GPU_STATE, found.split(", "), strict=False))
 
 
 def usable_cores() -> int:
@@ -129,8 +158,13 @@ def _read(path: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    return _output(["git", *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    """What `command` prints; None if it cannot be run or fails."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,8 +21,9 @@ def measure_all(
     again: bool,
     report: Callable[[Cell, Record, bool], None],
     complain: Callable[[str], None],
-) -> None:
-    """Measure each cell that has no record yet, append its record, and report it.
+    seconds: float | None = None,
+) -> list[Cell]:
+    """Measure each cell that has no record yet, append its record, and report it; returns those not come to.
 
     Args:
         measure: a function at the top of a module; it runs in a worker.
@@ -29,20 +31,25 @@ def measure_all(
         again: measure also what has a record. An error is measured again in any case.
         report: told each cell's record, and whether it was measured just now.
         complain: told of each damaged line.
+        seconds: when they are over, no further cell is begun.
     """
+    began, left = time.monotonic(), []
     known, complaints = records.by_key()
     for complaint in complaints:
         complain(complaint)
     print_of_worker: dict[str, Any] = {}
     with Worker(measure, timeout) as worker:
         for cell in cells:
-            described = environment()  # of now: load and date change, and sources may
+            described = environment(cell.device)  # of now: load and date change, and sources may
             if fingerprint(described) != print_of_worker:
                 worker.stop()
                 print_of_worker = fingerprint(described)
             key = key_of(cell, print_of_worker)
             if not again and is_done(known.get(key)):
                 report(cell, known[key], False)
+                continue
+            if seconds is not None and time.monotonic() - began > seconds:
+                left.append(cell)
                 continue
             outcome = worker.run(cell)
             known[key] = records.append(
@@ -57,6 +64,7 @@ def measure_all(
                 }
             )
             report(cell, known[key], True)
+    return left
 
 
 def is_done(record: Record | None) -> bool:

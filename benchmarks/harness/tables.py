@@ -47,6 +47,15 @@ def verdict(value: float, target: Target | None, low: float | None = None, high:
     return (MET if target.met(value) else MISSED) + (" ~" if unsure else "")
 
 
+def judged(record: Record) -> tuple[float, float, float] | None:
+    """The number that a target is about, and the quartiles around it; None if it was not measured."""
+    result = record["result"]
+    if "ratio" in result:
+        return result["ratio"]["median"], result["ratio"]["low"], result["ratio"]["high"]
+    single = result.get("peak_ratio", result.get("table_share"))
+    return None if single is None else (single, single, single)
+
+
 @dataclass(frozen=True)
 class Targets:
     """What the numbers of a table are held against: `of` a cell, and the growth of peak memory."""
@@ -61,17 +70,25 @@ Render = Callable[[str, Pairs, Targets], Table]
 
 def tables(records: Iterable[Record], targets: Targets) -> list[Table]:
     """One table a section, in the order in which the sections come."""
-    grouped: dict[tuple[str, Render], Pairs] = {}
+    found = grouped(records, lambda cell: _rendering(cell.work))
+    return [render(section, pairs, targets) for (section, render), pairs in found.items()]
+
+
+def grouped(
+    records: Iterable[Record], rendering: Callable[[Cell], Render]
+) -> dict[tuple[str, Render], Pairs]:
+    """Cells and records by their section and how they are shown, in the order in which they come."""
+    found: dict[tuple[str, Render], Pairs] = {}
     for record in records:
         cell = Cell.from_identity(record["cell"])
-        grouped.setdefault((cell.section, _rendering(cell.work)), []).append((cell, record))
-    return [render(section, pairs, targets) for (section, render), pairs in grouped.items()]
+        found.setdefault((cell.section, rendering(cell)), []).append((cell, record))
+    return found
 
 
 def _rendering(work: str) -> Render:
     if work in RACES:
         return _races
-    return {MEMORY: _memory, DECODE: _decode}.get(work, _capacity)
+    return {MEMORY: _memory, DECODE: decode}.get(work, _capacity)
 
 
 def _races(section: str, pairs: Pairs, targets: Targets) -> Table:
@@ -81,17 +98,17 @@ def _races(section: str, pairs: Pairs, targets: Targets) -> Table:
         dtype = "" if cell.dtype == "float32" else f", {cell.dtype}"
         start = [cell.subject + dtype, cell.work, cell.peer, f"{cell.length:,}", str(cell.threads)]
         rows.append(start + _race_numbers(record, targets.of(cell)))
-    return Table(section, [*headings, "target", "", "error: ours", "theirs"], rows, _remarks(pairs), texts=3)
+    return Table(section, [*headings, "target", "", "error: ours", "theirs"], rows, remarks(pairs), texts=3)
 
 
-def _remarks(pairs: Pairs) -> str:
+def remarks(pairs: Pairs) -> str:
     """Each peer's remark, and each reason why a number is missing, once."""
     said: dict[str, None] = {}
     for cell, record in pairs:
         failed = record["status"] not in (OK, WRONG)
         remark = record["reason"] if failed else record["result"]["peer"]["remark"]
         if remark:
-            said[f"{cell.peer}: {remark}"] = None
+            said[remark if remark.startswith(cell.peer) else f"{cell.peer}: {remark}"] = None
     return ". ".join(said)
 
 
@@ -108,8 +125,8 @@ def _race_numbers(record: Record, target: Target | None) -> list[str]:
         f"±{three((found['high'] - found['low']) / 2)}",
         shown,
         verdict(found["median"], target, found["low"], found["high"]),
-        _worst(ours["errors"]) + (" WRONG" if "ours" in result["wrong"] else ""),
-        _worst(peer["errors"]) + (" WRONG" if peer["what"] in result["wrong"] else ""),
+        worst(ours["errors"]) + (" WRONG" if "ours" in result["wrong"] else ""),
+        worst(peer["errors"]) + (" WRONG" if peer["what"] in result["wrong"] else ""),
     ]
 
 
@@ -152,9 +169,9 @@ def _capacity(section: str, pairs: Pairs, targets: Targets) -> Table:
         if record["status"] in (OK, WRONG):
             found = record["result"]
             sizes = [mebibytes(found[name]) for name in ("inputs_bytes", "resident_bytes")]
-            numbers = [three(found["seconds"]), *sizes, _number(found["error"])]
+            numbers = [three(found["seconds"]), *sizes, number(found["error"])]
         else:
-            numbers = [_because(record), "", "", ""]
+            numbers = [because(record), "", "", ""]
         rows.append([*row, f"{cell.length:,}", record["status"], *numbers])
     return Table(
         section,
@@ -165,7 +182,8 @@ def _capacity(section: str, pairs: Pairs, targets: Targets) -> Table:
     )
 
 
-def _decode(section: str, pairs: Pairs, targets: Targets) -> Table:
+def decode(section: str, pairs: Pairs, targets: Targets) -> Table:
+    """One more token at each position."""
     positions = sorted({p for cell, _ in pairs for p in cell.positions})
     rows = []
     for cell, record in pairs:
@@ -272,17 +290,20 @@ def _half_range(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def _worst(errors: dict[str, Any]) -> str:
+def worst(errors: dict[str, Any]) -> str:
+    """The largest of several errors."""
     if not errors:
         return ""
-    return _number(None if None in errors.values() else max(errors.values()))
+    return number(None if None in errors.values() else max(errors.values()))
 
 
-def _number(error: float | None) -> str:
+def number(error: float | None) -> str:
+    """An error, or that there is none to speak of."""
     return "not finite" if error is None else f"{error:.0e}"
 
 
-def _because(record: Record) -> str:
+def because(record: Record) -> str:
+    """Why a number is missing."""
     return record["reason"] or record["status"]
 
 

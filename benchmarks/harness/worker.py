@@ -33,6 +33,8 @@ class Outcome:
     status: str = OK
     reason: str = ""
     result: dict[str, Any] = field(default_factory=dict)
+    spent: bool = False
+    """Whether the process that measured it should measure nothing more."""
 
 
 class Worker:
@@ -48,7 +50,7 @@ class Worker:
         self.timeout = timeout
         self._process: Any = None
         self._connection: Connection | None = None
-        self._threads = 0
+        self._started_for: tuple[int, str] | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -58,20 +60,24 @@ class Worker:
 
     def run(self, cell: Cell) -> Outcome:
         """The outcome of `cell`. Whatever happens to the child is one, too."""
-        if cell.work in ALONE or cell.threads != self._threads:
+        if cell.work in ALONE or (cell.threads, cell.device) != self._started_for:
             self.stop()
-        connection = self._connection or self._start(cell.threads)
+        connection = self._connection or self._start(cell)
         try:
             connection.send(cell)
             if not connection.poll(self.timeout):
                 self.stop()
                 return Outcome(TIMEOUT, f"not done after {self.timeout:g} s")
-            return connection.recv()
+            outcome: Outcome = connection.recv()
         except (EOFError, ConnectionError):
             self._process.join()
             outcome = _of_exit_code(self._process.exitcode)
             self.stop()
             return outcome
+        # What failed on a GPU may have left its memory full, or its context broken for good.
+        if outcome.spent or (cell.device != "cpu" and outcome.status in (OOM, ERROR)):
+            self.stop()
+        return outcome
 
     def stop(self) -> None:
         """End the child, and with it the compilers that it may have started."""
@@ -83,12 +89,12 @@ class Worker:
         self._process.join()
         if self._connection is not None:
             self._connection.close()
-        self._process, self._connection, self._threads = None, None, 0
+        self._process, self._connection, self._started_for = None, None, None
 
-    def _start(self, threads: int) -> Connection:
+    def _start(self, cell: Cell) -> Connection:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.measure), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self.measure, cell.device), daemon=True)
         # The child inherits the mask: Ctrl-C is for the parent, who then ends the child.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -96,14 +102,15 @@ class Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        self._threads = threads
+        self._started_for = cell.threads, cell.device
         return self._connection
 
 
-def _serve(connection: Connection, measure: Measure) -> None:
+def _serve(connection: Connection, measure: Measure, device: str) -> None:
     """The child, until its parent is gone: a group of its own, within the memory that there is."""
     os.setpgid(0, 0)
-    _limit_memory()
+    if device == "cpu":  # CUDA reserves addresses by the hundred gigabytes, and uses few of them
+        _limit_memory()
     warnings.simplefilter("ignore")
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -118,13 +125,18 @@ def _attempt(measure: Measure, cell: Cell) -> Outcome:
     except MemoryError:
         return Outcome(OOM, "MemoryError")
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".strip()
-        if _is_out_of_memory(error):
-            return Outcome(OOM, _shortened(said))
-        return Outcome(ERROR, _shortened(said), {"traceback": traceback.format_exc()[-4000:]})
+        return failed(error)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def failed(error: Exception, who: str = "") -> Outcome:
+    """The outcome of a measurement that raised `error`, on the side of `who`."""
+    said = _shortened(f"{who}{': ' if who else ''}{type(error).__name__}: {error}".strip())
+    if is_out_of_memory(error):
+        return Outcome(OOM, said)
+    return Outcome(ERROR, said, {"traceback": traceback.format_exc()[-4000:]})
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     # torch's CPU allocator raises a plain RuntimeError; only CUDA has a class for it.
     said = str(error).lower()
     return type(error).__name__ == "OutOfMemoryError" or (

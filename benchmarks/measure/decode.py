@@ -19,6 +19,7 @@ from efficient_attn.state import State
 
 from .gate import is_wrong
 from .inputs import normal_inputs
+from .instruments import INSTRUMENTS
 from .timing import EFFORTS, Sampler, interleaved, ratio
 
 FILL = 2048
@@ -28,14 +29,14 @@ STEPS = 16
 
 def measure_decode(cell: Cell) -> Outcome:
     """Seconds of a token at each of the cell's positions, interleaved, and how many times those of the first."""
-    mechanism, positions = subject(cell), sorted(cell.positions)
+    mechanism, positions = subject(cell).to(cell.device), sorted(cell.positions)
     token = normal_inputs(cell, 1, seed=1)
     with torch.no_grad():
         states, found = {}, {}
         for position, state, keys, values in _filled(mechanism, cell, positions):
             states[position] = state
             found[f"at {position}"] = _error(mechanism, state, token, keys, values)
-        samplers = {str(p): _stepping(mechanism, state, token) for p, state in states.items()}
+        samplers = {str(p): _stepping(mechanism, state, token, cell.device) for p, state in states.items()}
         a_round = STEPS * sum(sampler() for sampler in samplers.values())
         samples = interleaved(samplers, EFFORTS[cell.effort].rounds(a_round))
     first = samples[str(positions[0])]
@@ -74,15 +75,18 @@ def _filled(
         yield position, state.clone(), torch.cat(keys, 2), torch.cat(values, 2)
 
 
-def _stepping(mechanism: Mechanism, state: State, token: tuple[Tensor, ...]) -> Sampler:
+def _stepping(mechanism: Mechanism, state: State, token: tuple[Tensor, ...], device: str) -> Sampler:
     q, k, v = token
+    synchronize = INSTRUMENTS[device].synchronize
 
     def sample() -> float:
         # The first token after a clone copies a state that grows into a buffer with room for more.
         _, current = mechanism.step(q, k, v, state.clone())
+        synchronize()
         began = time.perf_counter()
         for _ in range(STEPS):
             _, current = mechanism.step(q, k, v, current)
+        synchronize()
         return (time.perf_counter() - began) / STEPS
 
     return sample

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.peers.contender import Contender
-from efficient_attn import Mechanism
-from efficient_attn.testing.sampling import poisoned_allocations
+from benchmarks.peers.contender import Contender, Definition
+
+from .instruments import INSTRUMENTS
 
 STRIPS, ROWS = 8, 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -27,7 +27,7 @@ def sampled_strips(length: int, strips: int = STRIPS, rows: int = ROWS) -> list[
 
 
 class Exact:
-    """A mechanism's definition in fp64 on sampled rows; with `cotangent`, its gradients, too.
+    """A definition in fp64 on sampled rows; with `cotangent`, its gradients, too.
 
     Gradients are those of the sampled rows alone (the cotangent is zero elsewhere), so that no N x N matrix is
     ever needed; for keys and values they are compared everywhere.
@@ -35,7 +35,7 @@ class Exact:
 
     def __init__(
         self,
-        mechanism: Mechanism,
+        mechanism: Definition,
         inputs: Sequence[Tensor],
         strips: list[slice],
         cotangent: Tensor | None = None,
@@ -69,7 +69,8 @@ def errors(
 
     Fresh memory holds NaN while it runs: what is read before it is written shows. Infinity if not finite.
     """
-    with poisoned_allocations(), torch.set_grad_enabled(cotangent is not None):
+    poisoned = INSTRUMENTS[exact.output.device.type].poisoned
+    with poisoned(), torch.set_grad_enabled(cotangent is not None):
         raw = contender.forward()
         output = contender.to_heads(raw)
         found = {"output": _relative(torch.cat([output[:, :, s] for s in strips], 2), exact.output)}

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import gc
-import os
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.cells import CAPACITY, Cell
 from benchmarks.harness.records import OK, WRONG
-from benchmarks.harness.worker import Outcome, Unsupported
+from benchmarks.harness.worker import Outcome
 from benchmarks.subjects import subject
 from efficient_attn import Mechanism
 
+from .allocations import peak_allocated
 from .gate import Exact, is_wrong, sampled_strips
 from .inputs import normal_inputs
 
@@ -83,37 +80,6 @@ def peak_resident(work: Callable[[], object]) -> dict[str, Any]:
     before = _max_rss()
     work()
     return {"resident_bytes": _max_rss() - before, "resident_is": "growth of ru_maxrss"}
-
-
-def peak_allocated(work: Callable[[], object]) -> int:
-    """The most bytes that `work` held at one moment, from the records of torch's CPU allocator."""
-    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
-        work()
-    results = records.profiler.kineto_results if records.profiler is not None else None
-    if results is None:
-        raise Unsupported("this torch was built without Kineto, which records allocations")
-    held = peak = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]: missing from the stub
-        peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def _quiet_profiler() -> Iterator[None]:
-    """Some builds of Kineto write 'USDT:' lines straight to file descriptor 2."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            caught.seek(0)
-            for line in caught:
-                if not line.startswith(b"USDT:"):
-                    os.write(2, line)
 
 
 def _training_step(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

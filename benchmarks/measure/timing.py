@@ -24,6 +24,8 @@ class Effort:
     seconds: float
     least: int
     most: int
+    warm_up: float | None = None
+    """Seconds to run before; None: WARM_UP."""
 
     def rounds(self, seconds_a_round: float) -> int:
         return max(self.least, min(self.most, int(self.seconds / max(seconds_a_round, 1e-9))))
@@ -32,6 +34,7 @@ class Effort:
 EFFORTS: Mapping[str, Effort] = {
     "full": Effort(seconds=6.0, least=3, most=41),
     "quick": Effort(seconds=0.4, least=3, most=9),
+    "dry": Effort(seconds=0.0, least=3, most=3, warm_up=0.0),
 }
 
 
@@ -43,14 +46,10 @@ def wall_clock(work: Work, calls: int) -> float:
     return (time.perf_counter() - began) / calls
 
 
-CLOCKS: Mapping[str, Clock] = {"cpu": wall_clock}
-"""By the type of device: one that returns before it is done needs another clock."""
-
-
-def warmed_up(work: Work, clock: Clock = wall_clock) -> tuple[Sampler, float]:
+def warmed_up(work: Work, clock: Clock = wall_clock, seconds: float | None = None) -> tuple[Sampler, float]:
     """A sampler of `work`, run until it is warm, and the seconds that a sample takes."""
     cost = spent = clock(work, 1)
-    while spent < WARM_UP:
+    while spent < (WARM_UP if seconds is None else seconds):
         cost = min(cost, again := clock(work, 1))
         spent += max(again, 1e-6)
     calls = max(1, math.ceil(SHORTEST_SAMPLE / max(cost, 1e-9)))

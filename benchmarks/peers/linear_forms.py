@@ -1,8 +1,8 @@
-"""The two usual ways to write causal linear attention in torch, with elu + 1 as features.
+"""The usual ways to write linear attention in torch, with elu + 1 as features, and Linformer.
 
-Both are written here from the equations of Katharopoulos et al., 2020, arXiv:2006.16236: equation 9 summed token by
-token, and the chunked form that flash-linear-attention's documentation describes (Yang et al., 2023, arXiv:2312.06635,
-section 3), all chunks at once.
+The causal ones are written here from the equations of Katharopoulos et al., 2020, arXiv:2006.16236: equation 9 summed
+token by token, and the chunked form that flash-linear-attention's documentation describes (Yang et al., 2023,
+arXiv:2312.06635, section 3), all chunks at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness.worker import Unsupported
-from efficient_attn import LinearAttention
+from efficient_attn import LinearAttention, LinformerAttention
 
 from .contender import Contender, Race
 
@@ -57,6 +57,39 @@ def chunks(race: Race) -> Contender:
         return out[..., :-1] / out[..., -1:]
 
     return Contender(forward, race.inputs, race.mechanism)
+
+
+def two_products(race: Race) -> Contender:
+    """phi(q) (phi(k)^T v), each row divided by phi(q) (phi(k)^T 1)."""
+    mechanism = race.mechanism
+    if (
+        not isinstance(mechanism, LinearAttention)
+        or mechanism.is_causal
+        or mechanism.feature_map.name != "elu"
+    ):
+        raise Unsupported("written for linear attention with elu + 1 that is not causal")
+    q, k, v = race.inputs
+
+    def forward() -> Tensor:
+        phi_q, phi_k = F.elu(q) + 1, F.elu(k) + 1
+        out = phi_q @ (phi_k.mT @ v)
+        return out / (phi_q @ phi_k.sum(2, keepdim=True).mT)
+
+    return Contender(forward, race.inputs, mechanism)
+
+
+def projected_sdpa(race: Race) -> Contender:
+    """Linformer as two products, E^T k and F^T v, and SDPA over what they leave."""
+    mechanism = race.mechanism
+    if not isinstance(mechanism, LinformerAttention) or mechanism.value_projection is None:
+        raise Unsupported("written for Linformer with one E and one F for all heads")
+    q, k, v = race.inputs
+    e, f = mechanism.key_projection, mechanism.value_projection
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(q, e.mT @ k, f.mT @ v)
+
+    return Contender(forward, (*race.inputs, *mechanism.parameters()), mechanism)
 
 
 def _causal_elu(race: Race) -> tuple[Tensor, Tensor, Tensor]:

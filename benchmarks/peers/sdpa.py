@@ -1,13 +1,18 @@
 """torch's scaled_dot_product_attention: what everybody has, and does a pattern's work with a dense mask.
 
+On a GPU it has several kernels, of which it takes the first that fits; each can be asked for by name.
+
 The mask is built once, outside what is timed. A bool mask is what torch's documentation shows; the CPU kernel turns
 it into floats in every call, so a float mask made beforehand is faster, and four times as large.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness.worker import Unsupported
@@ -15,7 +20,7 @@ from efficient_attn import FullAttention
 from efficient_attn.masks import Everything
 from efficient_attn.mechanisms import SoftmaxMechanism
 
-from .contender import Contender, Race
+from .contender import Contender, Race, tried
 
 
 def sdpa(race: Race) -> Contender:
@@ -27,6 +32,33 @@ def sdpa(race: Race) -> Contender:
         return scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return Contender(forward, race.inputs, FullAttention(is_causal=causal))
+
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def sdpa_by(kernel: str) -> Callable[[Race], Contender]:
+    """Full attention by one kernel, or nothing."""
+
+    def build(race: Race) -> Contender:
+        if not isinstance(race.mechanism, FullAttention):
+            raise Unsupported("a kernel by name is compared for full attention")
+        q, k, v = race.inputs
+        causal = race.mechanism.is_causal
+
+        def forward() -> Tensor:
+            with sdpa_kernel(KERNELS[kernel]):
+                return scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        tried(forward)
+        return Contender(forward, race.inputs, race.mechanism)
+
+    return build
 
 
 def masked_sdpa(race: Race) -> Contender:

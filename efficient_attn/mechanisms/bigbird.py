@@ -34,7 +34,7 @@ class BigBirdAttention(SoftmaxMechanism):
         is_causal: whether a query sees only keys at or before its position.
         scale: of the scores; 1 / sqrt(E) if None.
         dropout_p: probability of dropping a weight, in training mode.
-        backend: "auto", "blocked" or "reference".
+        backend: "auto", "triton", "blocked" or "reference".
     Raises:
         ValueError: if a size is out of range, or num_window_blocks is even.
     """

@@ -191,7 +191,7 @@ class LinearMechanism(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, key_mask: Tensor | None
     ) -> tuple[Tensor, State]:
         problem = self._problem(q, k, v, key_mask, None, 0, None)
-        out, kv, exponent = linear_step(problem, state.kv, state.exponent)
+        out, kv, exponent = linear_step(problem, state.kv, state.exponent, self.backend)
         return out, LinearState(kv, exponent)
 
     def _cost(self, shape: Shape, training: bool, phase: str, basis: str, backend: str) -> Cost:

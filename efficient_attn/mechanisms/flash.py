@@ -24,7 +24,7 @@ class FlashAttention(SoftmaxMechanism):
         scale: of the scores; 1 / sqrt(E) if None.
         dropout_p: probability of dropping a weight, in training mode.
         backend: "auto" or one of "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "flash_attn",
-            "blocked", "reference".
+            "triton", "blocked", "reference".
     Raises:
         ValueError: if an option is out of range.
     """

@@ -22,7 +22,7 @@ class LinearAttention(LinearMechanism):
         feature_map: "elu" (elu + 1), "relu", "squared_relu", "exp", or a FeatureMap.
         is_causal: whether a query sees only keys at or before its position.
         scale: q is multiplied by scale * sqrt(E); None leaves it alone.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "triton", "chunked" or "reference".
     Raises:
         ValueError: if the feature map is unknown, or another option is out of range.
     """

@@ -28,7 +28,7 @@ class PerformerAttention(LinearMechanism):
         kernel: "softmax" or "relu" (another operator, which estimates nothing).
         is_causal: whether a query sees only keys at or before its position.
         scale: q is multiplied by scale * sqrt(E); None leaves it alone, which estimates softmax attention.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "triton", "chunked" or "reference".
     Raises:
         ValueError: if a size is out of range, the kernel is unknown, or, in forward, E differs from head_dim.
     """

@@ -27,7 +27,7 @@ class SlidingWindowAttention(SoftmaxMechanism):
         is_causal: whether a query sees only keys at or before its position.
         scale: of the scores; 1 / sqrt(E) if None.
         dropout_p: probability of dropping a weight, in training mode.
-        backend: "auto", "blocked" or "reference".
+        backend: "auto", "triton", "blocked" or "reference".
     Raises:
         ValueError: if window_size < 1, num_sinks < 0, or another option is out of range.
     """

@@ -30,7 +30,7 @@ class SparseTransformerAttention(SoftmaxMechanism):
         is_causal: whether a query sees only keys at or before its position.
         scale: of the scores; 1 / sqrt(E) if None.
         dropout_p: probability of dropping a weight, in training mode.
-        backend: "auto", "blocked" or "reference".
+        backend: "auto", "triton", "blocked" or "reference".
     Raises:
         ValueError: if the pattern is unknown, or a size is out of range.
     """

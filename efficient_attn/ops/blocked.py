@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..inputs import accumulation_dtype, full_precision, refuse_forward_mode
 from ..masks import Mask
-from .operators import keep_nothing, no_second_derivative, operator
-from .problem import SoftmaxProblem, segments_of_queries
+from .lowering import lowered, softmax_operator
+from .problem import SoftmaxProblem
 from .tiles import Batch, Rows, Walk, merged_heads, row_groups
 
 LOG2_E = math.log2(math.e)
@@ -26,21 +26,7 @@ LOG2_E = math.log2(math.e)
 def blocked(p: SoftmaxProblem) -> Tensor:
     """softmax(scale q k^T) v over the tiles of `p.mask`; memory O(L + S), time in the pairs of the tiles."""
     refuse_forward_mode(p.q, p.k, p.v)
-    q_segment = k_segment = None
-    if p.segment_ids is not None:
-        q_segment = segments_of_queries(p.segment_ids, p.q.shape[2], p.q_offset)
-        k_segment = p.segment_ids
-    if p.key_mask is not None:
-        k_segment = torch.where(p.key_mask, 0 if k_segment is None else k_segment, -1)
-    # A copy, because a cache may move its offset on before the backward pass reads it.
-    offset = (
-        p.q_offset.clone()
-        if isinstance(p.q_offset, Tensor)
-        else torch.full((), p.q_offset, dtype=torch.int64)
-    )
-    # The seed comes from torch's generator, so that manual_seed and checkpointing govern the dropout.
-    seed = torch.randint(1 << 62, ()) if p.dropout_p > 0 else None
-    out, _ = _forward_op(p.q, p.k, p.v, q_segment, k_segment, offset, seed, p.mask_spec, p.scale, p.dropout_p)
+    out, _ = _forward_op(*lowered(p))
     return out
 
 
@@ -201,32 +187,4 @@ def _add_rows(batch: Batch, target: Tensor, values: Tensor) -> None:
         tile.put_rows(target, tile.take_rows(target) + part)
 
 
-def _fake_forward(q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p):  # type: ignore[no-untyped-def]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-
-
-def _fake_backward(grad, q, k, v, *others):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, q_segment, k_segment, q_offset, seed, mask, scale, dropout_p = inputs
-    ctx.save_for_backward(q, k, v, *output, q_segment, k_segment)
-    ctx.scalars = (q_offset, seed, mask, scale, dropout_p)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
-    grads = _backward_op(grad, *ctx.saved_tensors, *ctx.scalars)
-    return (*grads, *[None] * 7)
-
-
-_forward_op = operator("blocked_forward", forward, _fake_forward, _save, _backward)
-_backward_op = operator(
-    "blocked_backward",
-    backward,
-    _fake_backward,
-    keep_nothing,
-    no_second_derivative('blocked attention has no second derivative; backend="reference" has one'),
-)
+_forward_op = softmax_operator("blocked", forward, backward)

@@ -7,7 +7,15 @@ import torch
 from ..complexity import Cost, Flops, Shape
 from ..feature_maps import FeatureMap, formula_of
 from ..inputs import accumulation_dtype
+from ..kernels.block_sparse.pairs import multiplied_pairs
+from ..kernels.block_sparse.parts import parts_of
 from ..masks import Mask, plan
+from .linear_kernel_costs import (
+    chunked_linear_backward_flops,
+    chunked_linear_forward_flops,
+    chunked_linear_step_flops,
+    linear_kernel_cost,
+)
 from .scan import BLOCK_ROWS, CHUNK
 from .tiles import TILE_KEYS, TILE_ROWS
 
@@ -22,10 +30,13 @@ def tile_pairs(mask: Mask, q_len: int, num_keys: int, q_offset: int | None = Non
 def softmax_cost(mask: Mask, shape: Shape, training: bool, basis: str, backend: str) -> Cost:
     """Scores and weighted values over the mask's pairs; backward two products for each of the two.
 
-    Basis "model": the pairs of the mask. "hardware": the pairs of the tiles (blocked), or all L x S pairs (the
-    others, whose kernels do not say what they skip), and the scores once more in the backward pass.
+    Basis "model": the pairs of the mask. "hardware": the pairs of the tiles (blocked) or of the blocks (triton), or
+    all L x S pairs (the others, whose kernels do not say what they skip), and the scores once more in the backward
+    pass.
     "torch": as "hardware", since FlopCounterMode counts recomputation in the backward pass it belongs to.
     """
+    if backend == "triton":
+        return _kernel_cost(mask, shape, training, basis)
     if basis == "model":
         per_head = mask.pairs(shape.q_len, shape.kv_len)
     elif backend == "blocked":
@@ -66,6 +77,51 @@ def softmax_cost(mask: Mask, shape: Shape, training: bool, basis: str, backend: 
     )
 
 
+def _kernel_cost(mask: Mask, shape: Shape, training: bool, basis: str) -> Cost:
+    """The block-sparse kernels: widths rounded up to those of tiles, the scores and their gradient computed by two.
+
+    "hardware" is cut by the configs of sm_90.
+    """
+    heads, size, v_size = shape.batch * shape.num_heads, shape.head_dim, shape.v_head_dim
+    pairs = heads * mask.pairs(shape.q_len, shape.kv_len)
+    flops = Flops(2 * pairs * (size + v_size), 4 * pairs * (size + v_size) if training else 0)
+    if basis != "model":
+        per_head = multiplied_pairs(
+            mask,
+            shape.q_len,
+            shape.kv_len,
+            shape.kv_len - shape.q_len,
+            shape.dtype.itemsize,
+            max(size, v_size),
+        )
+        size, v_size = _tile_width(size), _tile_width(v_size)
+        pairs, by_row, by_key = (heads * x for x in (per_head.forward, per_head.dq, per_head.dkdv))
+        flops = Flops(
+            2 * pairs * (size + v_size),
+            2 * (by_row + by_key) * (size + v_size) if training else 0,
+            2 * (by_row * size + by_key * (size + v_size)) if training else 0,
+        )
+    if basis == "torch":
+        flops = Flops(flops.forward, flops.backward + flops.recompute)
+    width = accumulation_dtype(shape.dtype).itemsize
+    sums = heads * shape.q_len * width
+    chained = len(parts_of(mask, by_key=training)) > 1
+    numbers = shape.out_numel + (shape.q_numel + shape.k_numel + shape.v_numel) * training
+    return Cost(
+        flops,
+        bytes_read=shape.input_bytes,
+        bytes_written=shape.output_bytes,
+        saved_bytes=shape.input_bytes + shape.output_bytes + sums if training else 0,
+        peak_bytes=shape.output_bytes + sums * (1 + training) + chained * numbers * width,
+        terms={"scores": 2 * pairs * size, "values": 2 * pairs * v_size},
+    )
+
+
+def _tile_width(size: int) -> int:
+    """The power of two, 16 at least, up to which a tile's columns are filled with zeros."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def scan_pairs(length: int) -> int:
     """Pairs that the scan multiplies: whole chunks, on both sides of the diagonal."""
     return length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2
@@ -78,7 +134,13 @@ def linear_cost(
 
     Basis "model": one state update and one reading a token, the normaliser left out. "hardware" and "torch":
     what the backend multiplies, the normaliser's column included.
+
+    Raises:
+        ValueError: for the kernels' products with a feature map that they do not know.
     """
+    stepped = phase != "decode" or (shape.q_len == 1 and not training)  # other steps are not the kernels'
+    if backend == "triton" and basis != "model" and stepped:
+        return linear_kernel_cost(phi, is_causal, shape, training, phase, basis)
     width = accumulation_dtype(shape.dtype).itemsize
     size, heads, kv_heads = phi.num_features(shape.head_dim), shape.num_heads, shape.num_kv_heads
     rows, keys = shape.batch * heads * shape.q_len, shape.batch * kv_heads * shape.kv_len
@@ -159,9 +221,14 @@ def register_flop_formulas() -> None:
     formulas = {
         operators.blocked_forward: _blocked_forward_flops,
         operators.blocked_backward: _blocked_backward_flops,
+        operators.block_sparse_forward: _block_sparse_forward_flops,
+        operators.block_sparse_backward: _block_sparse_backward_flops,
         operators.linear_forward: _linear_forward_flops,
         operators.linear_backward: _linear_backward_flops,
         operators.linear_scan: _scan_flops,
+        operators.chunked_linear_forward: chunked_linear_forward_flops,
+        operators.chunked_linear_backward: chunked_linear_backward_flops,
+        operators.chunked_linear_step: chunked_linear_step_flops,
     }
     for operator, formula in formulas.items():
         if operator not in flop_registry:
@@ -178,6 +245,24 @@ def _blocked_backward_flops(
 ) -> int:  # type: ignore[no-untyped-def]
     pairs = q[0] * q[1] * tile_pairs(Mask.from_spec(mask), q[2], k[2])
     return 2 * pairs * (3 * q[3] + 2 * v[3])
+
+
+def _block_sparse_forward_flops(
+    q, k, v, q_seg, k_seg, offset, seed, mask, *rest, out_shape=None, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    return _kernel_flops(q, k, v, mask).forward
+
+
+def _block_sparse_backward_flops(
+    grad, q, k, v, out, lse, q_seg, k_seg, offset, seed, mask, *rest, out_shape=None, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    return _kernel_flops(q, k, v, mask).backward
+
+
+def _kernel_flops(q, k, v, mask) -> Flops:  # type: ignore[no-untyped-def]
+    # A formula sees no dtype: the kernels are for 16 bits.
+    shape = Shape(q[0], q[1], q[2], k[2], q[3], num_kv_heads=k[1], v_head_dim=v[3])
+    return _kernel_cost(Mask.from_spec(mask), shape, True, "torch").flops
 
 
 def _linear_forward_flops(

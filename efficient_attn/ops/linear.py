@@ -1,10 +1,12 @@
 """Linear attention: the product reassociated as phi(q) (phi(k)^T v), causal by a scan over chunks.
 
-The library's own feature maps go through an operator that computes them block by block; anybody else's through
+The library's own feature maps go through operators that compute them block by block; anybody else's through
 operators that autograd looks into.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..feature_maps import formula_of
 from ..inputs import full_precision, refuse_forward_mode
+from .chunked_linear import can_step, chunked_linear, kernel_step, refuse
 from .composed import (
     NOTHING,
     composed,
@@ -43,6 +46,16 @@ def _valid(p: LinearProblem) -> Tensor | None:
 
 def chunked(p: LinearProblem) -> Tensor:
     """Linear attention in time and memory O(L + S)."""
+    return _linear(p, stream)
+
+
+def triton(p: LinearProblem) -> Tensor:
+    """The same by kernels."""
+    return _linear(p, chunked_linear)
+
+
+def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Linear attention by the operator `run` for the maps that operators know."""
     refuse_forward_mode(p.q, p.k, p.v)
     p.feature_map.check_head_dim(p.q.shape[3])
     q, k, v, valid, segment, q_offset = p.q, p.k, p.v, _valid(p), None, p.q_offset
@@ -59,7 +72,7 @@ def chunked(p: LinearProblem) -> Tensor:
             moving = isinstance(q_offset, Tensor)
             offset = q_offset.clone() if moving else torch.full((), q_offset, dtype=torch.int64)
             projection = getattr(p.feature_map, "projection", None)
-            out, *_ = stream(q, k, v, valid, segment, offset, projection, feature, scale, p.is_causal)
+            out, *_ = run(q, k, v, valid, segment, offset, projection, feature, scale, p.is_causal)
     return out if packing is None else packing.outputs(out)
 
 
@@ -88,8 +101,12 @@ def reference(p: LinearProblem) -> Tensor:
         return (weights @ v).to(p.q.dtype)
 
 
-def linear_step(p: LinearProblem, kv: Tensor, peak: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_step(
+    p: LinearProblem, kv: Tensor, peak: Tensor | None, backend: str = "chunked"
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """New tokens after the state (kv, peak): their outputs, and the state after them."""
+    if backend in ("auto", "triton") and can_step(p, kv):
+        return kernel_step(p, kv, peak, _query_scale(p))
     with full_precision(p.q.device):
         q, _ = features(p.feature_map, p.q, _query_scale(p), None)
         k, exponent = features(p.feature_map, p.k, 1.0, p.key_mask)
@@ -101,6 +118,7 @@ def linear_step(p: LinearProblem, kv: Tensor, peak: Tensor | None) -> tuple[Tens
 
 
 LINEAR_BACKENDS = (
+    Backend("triton", triton, refuse, portable=False),
     Backend("chunked", chunked, lambda p: []),
     Backend("reference", reference, lambda p: [], by_name_only=True),
 )

@@ -20,14 +20,16 @@ def operator(
     fake: Callable[..., Any],
     save: Callable[..., None],
     backward: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Any:
     """Register `run`, whose annotations are the schema, as `torch.ops.efficient_attn.<name>`, and return it.
 
-    `fake` makes outputs without data; `save` and `backward` are those of torch.library.register_autograd.
+    `fake` makes outputs without data; `save` and `backward` are those of torch.library.register_autograd; `tags` say
+    what the compiler must know.
     torch.library.custom_op would do the same, but imports the compiler at the first call: a second and 135 MB.
     """
     qualified = f"efficient_attn::{name}"
-    _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
+    _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=tags)
     _LIBRARY.impl(name, _hidden_from_compiler(run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=save, lib=_LIBRARY)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..backends import Backend
 from ..inputs import accumulation_dtype
 from ..masks import Causal, Everything
+from .block_sparse import TRITON
 from .blocked import blocked
 from .dense import reference
 from .problem import SoftmaxProblem, allowed_pairs
@@ -201,7 +202,7 @@ REFERENCE = Backend("reference", reference, _never, by_name_only=True)
 BLOCKED = Backend("blocked", blocked, _refuse_bias)
 
 FULL_BACKENDS = (Backend("sdpa", sdpa, _never), REFERENCE)
-PATTERN_BACKENDS = (BLOCKED, REFERENCE)
+PATTERN_BACKENDS = (TRITON, BLOCKED, REFERENCE)
 FLASH_BACKENDS = (
     Backend(
         "sdpa_cudnn",
@@ -223,6 +224,7 @@ FLASH_BACKENDS = (
     ),
     Backend("xformers", _xformers, _refuse_package("xformers"), portable=False),
     Backend("flash_attn", _flash_attn, _refuse_package("flash_attn"), portable=False),
+    TRITON,
     BLOCKED,
     REFERENCE,
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -281,19 +282,39 @@ def _fake_backward(grad, q, k, v, *others):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, valid, segment, offset, projection, *scalars = inputs
-    ctx.save_for_backward(q, k, v, *output, valid, segment, projection)
-    ctx.others = offset, scalars
-    ctx.mark_non_differentiable(*output[1:])
+def linear_operator(  # type: ignore[no-untyped-def]
+    name: str, forward: Callable[..., Any], fake_forward: Callable[..., Any], backward: Callable[..., Any]
+):
+    """`forward` as a differentiable operator `<name>_forward`, whose derivative is `<name>_backward`.
 
+    Their arguments are those of `forward` and `backward` below; `forward` may have more, at the end.
+    """
+    derivative = operator(
+        f"{name}_backward",
+        backward,
+        _fake_backward,
+        keep_nothing,
+        no_second_derivative(f'{name}_backward has no derivative of its own; backend="reference" has one'),
+    )
 
-def _backward(ctx, grad, *_others):  # type: ignore[no-untyped-def]
-    *tensors, projection = ctx.saved_tensors
-    offset, scalars = ctx.others
-    if torch.is_grad_enabled():  # somebody will differentiate the gradients
-        return (*_differentiable(grad, tensors, offset, projection, *scalars), *[None] * 7)
-    return (*_backward_op(grad, *tensors, offset, projection, *scalars), *[None] * 7)
+    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        q, k, v, valid, segment, offset, projection, *scalars = inputs
+        ctx.save_for_backward(q, k, v, *output, valid, segment, projection)
+        ctx.others = offset, scalars
+        ctx.mark_non_differentiable(*output[1:])
+
+    def pull_back(ctx, grad, *_others):  # type: ignore[no-untyped-def]
+        *tensors, projection = ctx.saved_tensors
+        offset, scalars = ctx.others
+        feature, scale, is_causal = scalars[:3]
+        no_gradients = [None] * (4 + len(scalars))
+        if torch.is_grad_enabled():  # somebody will differentiate the gradients
+            gradients = _differentiable(grad, tensors, offset, projection, feature, scale, is_causal)
+        else:
+            gradients = derivative(grad, *tensors, offset, projection, feature, scale, is_causal)
+        return (*gradients, *no_gradients)
+
+    return operator(f"{name}_forward", forward, fake_forward, save, pull_back)
 
 
 def _differentiable(  # type: ignore[no-untyped-def]
@@ -314,13 +335,5 @@ def _differentiable(  # type: ignore[no-untyped-def]
     return torch.func.vjp(run, q, k, v)[1](grad)
 
 
-stream = operator("linear_forward", forward, _fake_forward, _save, _backward)
+stream = linear_operator("linear", forward, _fake_forward, backward)
 """`forward` as a differentiable operator."""
-
-_backward_op = operator(
-    "linear_backward",
-    backward,
-    _fake_backward,
-    keep_nothing,
-    no_second_derivative('linear_backward has no derivative of its own; backend="reference" has one'),
-)

@@ -88,7 +88,7 @@ COMMON: list[Case] = [
     (
         lambda: SlidingWindowAttention(2, backend="sdpa"),
         ValueError,
-        f"{BACKEND} ['auto', 'blocked', 'reference'], got 'sdpa'",
+        f"{BACKEND} ['auto', 'triton', 'blocked', 'reference'], got 'sdpa'",
     ),
     (
         lambda: LinformerAttention(4, 4, backend="chunked"),
@@ -98,12 +98,12 @@ COMMON: list[Case] = [
     (
         lambda: PerformerAttention(8, backend="blocked"),
         ValueError,
-        f"{BACKEND} ['auto', 'chunked', 'reference'], got 'blocked'",
+        f"{BACKEND} ['auto', 'triton', 'chunked', 'reference'], got 'blocked'",
     ),
     (
         lambda: LinearAttention(backend="blocked"),
         ValueError,
-        f"{BACKEND} ['auto', 'chunked', 'reference'], got 'blocked'",
+        f"{BACKEND} ['auto', 'triton', 'chunked', 'reference'], got 'blocked'",
     ),
 ]
 

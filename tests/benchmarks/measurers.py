@@ -28,6 +28,8 @@ def behave(cell: Cell) -> Outcome:
             os._exit(3)
         case "hangs":
             time.sleep(60)
+        case "spent":
+            return Outcome(spent=True)
         case "limit":
             soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
             return Outcome(result={"limit": None if soft == resource.RLIM_INFINITY else soft})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cpu, plan
-from benchmarks.harness import environment, run
+from benchmarks.harness import command, environment, run
 from benchmarks.harness.cells import FORWARD, MEMORY, Cell, Target
 from benchmarks.harness.environment import ROOT, fingerprint, usable_cores
 from benchmarks.harness.records import Records, key_of
@@ -139,9 +139,9 @@ def test_a_line_says_what_was_measured() -> None:
         "result": {"resident_bytes": 5 << 20},
         "environment": {"date": "2026"},
     }
-    assert cpu._line(cell, record, True) == "peak 5 MiB beyond the inputs"
+    assert command.line(cell, record, True) == "peak 5 MiB beyond the inputs"
     failed = record | {"status": "oom", "reason": "MemoryError"}
-    assert cpu._line(cell, failed, False) == "oom: MemoryError (recorded 2026)"
+    assert command.line(cell, failed, False) == "oom: MemoryError (recorded 2026)"
 
 
 @pytest.mark.parametrize(

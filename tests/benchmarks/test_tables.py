@@ -219,7 +219,7 @@ def test_the_page_has_every_table_the_environment_the_targets_and_pictures(tmp_p
 
 
 def test_the_page_counts_targets() -> None:
-    said = page.targets_met(RECORDS)
+    said = page.targets_met(RECORDS, plan.target_of)
     assert said.startswith("2 met, 2 missed, 2 not measured.")
     assert (
         "- window: window 256, causal forward at 16,384 vs masked SDPA, 2 threads: 27x, target ≥ 28" in said

@@ -7,12 +7,19 @@ from .mutant import Mutant, Subject
 FILE = "ops/blocked.py"
 
 
+LOWERING = "ops/lowering.py"
+
+
 def mutant(before: str, after: str, why: str, survives: str = "") -> Mutant:
     return Mutant(FILE, before, after, why, survives)
 
 
+def of_lowering(before: str, after: str, why: str, survives: str = "") -> Mutant:
+    return Mutant(LOWERING, before, after, why, survives)
+
+
 FORWARD = (
-    mutant(
+    of_lowering(
         "torch.where(p.key_mask, 0 if k_segment is None else k_segment, -1)",
         "torch.where(p.key_mask, 0, -1)",
         "a key_mask replaces the segments",
@@ -172,8 +179,8 @@ DROPOUT = (
         "return self.dropout_p or 0.0",
         "dropout in evaluation mode",
     ),
-    mutant(
-        "torch.randint(1 << 62, ())",
+    of_lowering(
+        'torch.randint(1 << 62, (), device="cpu")',
         "torch.tensor(0)",
         "every call drops the same weights",
     ),
@@ -199,7 +206,7 @@ DROPPING = Subject(
 OFFSETS = Subject(
     "offsets that move",
     (
-        mutant(
+        of_lowering(
             "p.q_offset.clone()",
             "p.q_offset",
             "the backward pass of softmax reads an offset that has moved on",

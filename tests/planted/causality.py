@@ -11,7 +11,7 @@ from efficient_attn.masks import Everything
 from efficient_attn.ops.problem import allowed_pairs
 from efficient_attn.testing.sampling import expand_heads
 
-from .defect import before_fast_path, broken, defect, everywhere, fast_path, kernel, with_mask
+from .defect import before_fast_path, broken, defect, everywhere, fast_path, kernel, preferred, with_mask
 
 
 def favor_logarithms(p: Any) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def running_maximum_of_the_chunk_moves_the_past_by_an_ulp(m):
         weights = weights / torch.where(total == 0, 1.0, total)
         return (weights @ expand_heads(p.v, p.q.shape[1]).to(weights.dtype)).to(p.q.dtype)
 
-    return fast_path(m, lambda p: run(p) if p.q.shape[2] == p.k.shape[2] else m.backends[1].run(p))
+    return fast_path(m, lambda p: run(p) if p.q.shape[2] == p.k.shape[2] else m.backends[-1].run(p))
 
 
 @defect(
@@ -114,7 +114,7 @@ def gradient_reaches_the_future_through_a_straight_through_term(m):
         mean = p.v.mean((1, 2), keepdim=True)
         return m_run(p) + (mean - mean.detach())
 
-    m_run = m.backends[0].run
+    m_run = preferred(m).run
     return fast_path(m, run)
 
 

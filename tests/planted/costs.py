@@ -9,7 +9,7 @@ import torch
 from efficient_attn import Mechanism
 from efficient_attn.complexity import Cost, Flops
 
-from .defect import broken, defect, dense, fast_path
+from .defect import broken, defect, dense, fast_path, preferred
 
 
 def misstated(mechanism: Mechanism, lie) -> Mechanism:
@@ -100,7 +100,7 @@ def weights_are_kept_for_the_backward_pass(m):
     missed=("equals_its_matrix", "saved_bytes_are_measured"),
 )
 def intermediate_is_quadratic(m):
-    run = m.backends[0].run
+    run = preferred(m).run
 
     def with_a_mask(p):
         visible = torch.ones(p.q.shape[2], p.k.shape[2], dtype=torch.bool).tril()

@@ -20,6 +20,7 @@ from efficient_attn import (
     PerformerAttention,
     SlidingWindowAttention,
 )
+from efficient_attn.backends import Backend
 from efficient_attn.inputs import accumulation_dtype
 from efficient_attn.ops.dense import safe_softmax
 from efficient_attn.ops.problem import allowed_pairs
@@ -117,15 +118,21 @@ def broken(mechanism: Mechanism, **members: Any) -> Mechanism:
     return mechanism
 
 
+def preferred(mechanism: Any) -> Backend:
+    """The backend that a CPU takes first."""
+    return next(backend for backend in mechanism.backends if backend.name != "triton")
+
+
 def fast_path(mechanism: Mechanism, run: Callable[[Any], Tensor]) -> Mechanism:
     """`mechanism` with its preferred backend replaced by `run`; its matrix stays right."""
-    first, *others = mechanism.backends
-    return broken(mechanism, backends=(replace(first, run=run), *others))
+    first = preferred(mechanism)
+    backends = (replace(backend, run=run) if backend is first else backend for backend in mechanism.backends)
+    return broken(mechanism, backends=tuple(backends))
 
 
 def before_fast_path(mechanism: Mechanism, change: Callable[[Any], dict[str, Any]]) -> Mechanism:
     """`mechanism` whose preferred backend gets the problem with these fields changed; its matrix stays right."""
-    run = mechanism.backends[0].run
+    run = preferred(mechanism).run
     return fast_path(mechanism, lambda p: run(replace(p, **change(p))))
 
 

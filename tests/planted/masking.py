@@ -12,7 +12,17 @@ from efficient_attn import Mechanism
 from efficient_attn.ops.dense import safe_softmax
 from efficient_attn.testing.sampling import expand_heads
 
-from .defect import apply, before_fast_path, broken, defect, everywhere, fast_path, kernel, masked_scores
+from .defect import (
+    apply,
+    before_fast_path,
+    broken,
+    defect,
+    everywhere,
+    fast_path,
+    kernel,
+    masked_scores,
+    preferred,
+)
 
 
 def without(mechanism: Mechanism, *names: str) -> Mechanism:
@@ -270,5 +280,5 @@ def nan_crosses_the_batch(m):
     def run(p):
         return m_run(p) + 0 * p.q.sum()
 
-    m_run = m.backends[0].run
+    m_run = preferred(m).run
     return fast_path(m, run)

@@ -30,6 +30,7 @@ from .defect import (
     everywhere,
     fast_path,
     masked_scores,
+    preferred,
     problem_of,
     with_mask,
 )
@@ -237,7 +238,7 @@ def grouped_heads_go_round_robin(m):
     {"equals_its_matrix": "output, length 1", "grouped_heads_equal_repeated_heads": "output at length"},
 )
 def fast_path_shares_heads_round_robin(m):
-    run = m.backends[0].run
+    run = preferred(m).run
 
     def shuffled(p):
         heads, shared = p.q.shape[1], p.k.shape[1]

@@ -1,0 +1,1 @@
+"""One new token: kernels that read what is remembered once."""
