@@ -33,9 +33,10 @@ ConfigTable = MutableMapping[str, dict[Key, Config]]
 TABLES = {"block_sparse": "CONFIGS", "chunked_linear": "TABLE"}
 """Family -> the name of its table of configs."""
 
-WIDE, BIGBIRD, LINEAR, PERFORMER = (
+WIDE, BIGBIRD, STRIDED, LINEAR, PERFORMER = (
     "window 1024, causal",
     "bigbird b64",
+    "strided 512, causal",
     "linear, causal",
     "performer 256, causal",
 )
@@ -46,6 +47,9 @@ TIMED_BY: Mapping[str, tuple[str, str]] = {
     "block_sparse.table_forward": (BIGBIRD, FORWARD),
     "block_sparse.table_dq": (BIGBIRD, BACKWARD),
     "block_sparse.table_dkdv": (BIGBIRD, BACKWARD),
+    "block_sparse.strided_forward": (STRIDED, FORWARD),
+    "block_sparse.strided_dq": (STRIDED, BACKWARD),
+    "block_sparse.strided_dkdv": (STRIDED, BACKWARD),
     "chunked_linear.exponents": (PERFORMER, FORWARD),
     "chunked_linear.states": (LINEAR, FORWARD),
     "chunked_linear.rows": (LINEAR, FORWARD),
@@ -54,6 +58,9 @@ TIMED_BY: Mapping[str, tuple[str, str]] = {
     "chunked_linear.key_gradients": (LINEAR, BACKWARD),
 }
 """Our kernels: the subject and the pass by which their configs are timed."""
+
+UNTIMED = ("block_sparse.dropout_forward", "block_sparse.dropout_dq", "block_sparse.dropout_dkdv")
+"""Our kernels whose results are random: no reference says whether a candidate is right."""
 
 WARPS, STAGES, LARGEST_BLOCK = (2, 4, 8, 16), (1, 2, 3, 4), 256
 SCREENED_ARCH = 90

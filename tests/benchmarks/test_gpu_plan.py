@@ -93,7 +93,8 @@ def test_a_dry_run_is_short_and_has_every_section_and_peer_of_a_quick_one() -> N
 
 def test_every_kernel_that_has_configs_is_tuned_by_something() -> None:
     shipped = {f"{family}.{kernel}" for family, table in tuning.tables().items() for kernel in table}
-    assert shipped <= set(tuning.TIMED_BY), "a kernel that nobody tunes"
+    assert set(tuning.UNTIMED) < shipped
+    assert shipped - set(tuning.UNTIMED) <= set(tuning.TIMED_BY), "a kernel that nobody tunes"
     tuned = {c.peer for c in plan_gpu.tuning("full")}
     assert tuned == set(tuning.TIMED_BY)
     assert all(c.work == TUNE and c.dtype == "bfloat16" for c in plan_gpu.tuning("dry"))
