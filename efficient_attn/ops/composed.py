@@ -129,6 +129,26 @@ def _rescale(kv: Tensor, peak: Tensor, joint: Tensor) -> Tensor:
     return kv * torch.exp2(peak - joint)[..., None, None]
 
 
+def composed_step(
+    phi: Callable[[Tensor], Features],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    kv: Tensor,
+    peak: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """New tokens after the state (kv, peak): their outputs (B, H, L, Ev), and the state after them."""
+    query, _ = features(phi, q, scale, None)
+    k, exponent = features(phi, k, 1.0, valid)
+    v, query = with_ones(v), query.unflatten(1, (k.shape[1], -1))
+    after = merge_states(kv, peak, *state_of(k, v, exponent))
+    one = query.shape[3] == 1
+    sums = read(query, after[0]) if one else scan_from(query, k, v, exponent, kv, peak)
+    return normalise(sums).flatten(1, 2).to(q.dtype), *after
+
+
 def scan_from(
     q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, kv: Tensor, peak: Tensor | None
 ) -> Tensor:

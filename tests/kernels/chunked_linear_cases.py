@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,16 +15,16 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from efficient_attn import LinearAttention, PerformerAttention
 from efficient_attn.complexity import Shape
-from efficient_attn.feature_maps import FORMULAS, formula_of, orthogonal_gaussian
+from efficient_attn.feature_maps import FORMULAS, Features, formula_of, orthogonal_gaussian
 from efficient_attn.kernels.chunked_linear import launch
 from efficient_attn.kernels.chunked_linear.configs import TABLE
 from efficient_attn.kernels.configs import INTERPRETER, Config
 from efficient_attn.kernels.decode.linear import linear_step
-from efficient_attn.ops import stream
-from efficient_attn.ops.composed import running_maximum
+from efficient_attn.ops import linear_steps, stream
+from efficient_attn.ops.composed import composed_step, features, running_maximum, state_of, with_ones
 from efficient_attn.ops.linear_kernel_costs import linear_counts
 
-from .__main__ import hasten_and_count
+from .__main__ import hasten_and_count, launches
 
 UNITS = {torch.float32: 64, torch.float16: 6}
 """Units in the last place of the largest entry that an error may have: sums in fp32, one rounding of half."""
@@ -101,7 +102,7 @@ def judge(
     )
     out, lost, total = launch.forward(run, keep=True)
     grad = torch.randn(out.shape).to(kind)
-    gradients = launch.backward(run, grad, out, lost if lost.numel() else None, total)
+    gradients = launch.backward(run, grad, out, lost if lost.numel() else None, total)[:3]
 
     doubles = [x.double() for x in (q, k, v)]
     others = (
@@ -146,6 +147,68 @@ def judge_decoding() -> list[str]:
             if not error < 1e-5:
                 wrong.append(f"{name}, token {token}: {error:.3g}")
     return wrong
+
+
+def judge_steps() -> list[str]:
+    """Many tokens after a state, in fp64 by torch: outputs, the state after them, and all gradients of both.
+
+    The state's scale is that of small keys, of large ones, or of none.
+    """
+    wrong = []
+    for feature in ("elu", "relu", "squared_relu", "exp", "favor_softmax", "favor_relu"):
+        for length, size in ((1, 1.0), (20, 0.0), (37, 4.0)):
+            wrong += _judge_step(feature, length, size, torch.float32)
+    return wrong + _judge_step("elu", 75, 0.3, torch.float16) + _judge_step("exp", 75, 0.3, torch.float16)
+
+
+def _judge_step(feature: str, length: int, size: float, kind: torch.dtype) -> list[str]:
+    torch.manual_seed(0)
+    # Heads beside the rows, as layers have them, so that no tensor is contiguous.
+    q, k, v = (
+        torch.randn(2, length, heads, width).to(kind).transpose(1, 2)
+        for heads, width in ((4, 16), (2, 16), (2, 24))
+    )
+    past, past_v = torch.randn(2, 2, 30, 16, dtype=torch.float64) * size, torch.randn(2, 2, 30, 24).double()
+    projection = orthogonal_gaussian(40, 16, 0) if feature.startswith("favor") else None
+    valid = torch.rand(2, length) > 0.3
+
+    def phi(x: Tensor) -> Features:
+        return FORMULAS[feature].values(x, None if projection is None else projection.double())
+
+    nothing = torch.zeros(2, 30, dtype=torch.bool) if size == 0.0 else None
+    old, exponent = state_of(*_prepared(phi, past, past_v, nothing))
+    state, scales = old.float(), None if exponent is None else exponent.float()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, state)]
+    before = launches["rows_kernel"]
+    out, _, _, kv, peak = linear_steps._steps(
+        *leaves[:3], valid, leaves[3], scales, projection, feature, 0.7, True
+    )
+    launched = launches["rows_kernel"] > before
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    wanted = composed_step(phi, *exact[:3], valid, 0.7, exact[3], exponent)
+    weights = torch.randn_like(out), torch.randn_like(kv)
+    mine = torch.autograd.grad((out, kv), leaves, weights)
+    theirs = torch.autograd.grad(wanted[:2], exact, [w.double() for w in weights])
+    pairs = {"out": (out, wanted[0]), "kv": (kv, wanted[1])}
+    pairs |= dict(zip(("dq", "dk", "dv", "dkv"), zip(mine, theirs, strict=True), strict=True))
+    wrong = [] if launched else [f"{feature}, {length} tokens: no kernel was launched"]
+    if wanted[2] is not None and not torch.equal(peak.double(), wanted[2]):
+        wrong.append(f"{feature}, {length} tokens: another exponent")
+    for name, (a, b) in pairs.items():
+        unit = torch.finfo(a.dtype).eps * max(b.abs().max().item(), 2.0**-10)
+        # The features of fp16 are multiplied as tf32.
+        units = UNITS[kind] if a.dtype == kind else UNITS[kind] * 2**13
+        error = (a.double() - b).abs().max().item()
+        if not error <= units * unit:
+            wrong.append(f"{feature}, {length} tokens, {name}: {error:.3g}, that is {error / unit:.1f} units")
+    return wrong
+
+
+def _prepared(
+    phi: Callable[[Tensor], Features], k: Tensor, v: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    values, exponent = features(phi, k, 1.0, valid)
+    return values, with_ones(v), exponent
 
 
 def judge_far_offsets() -> list[str]:
@@ -202,8 +265,18 @@ def judge_counts() -> list[str]:
         outputs = []
         here = flops(lambda: outputs.append(m(*leaves)))  # noqa: B023
         there = flops(outputs[0].sum().backward)
+        pairs = [("forward", here, declared[0]), ("backward", there, declared[1])]
+        if causal:
+            new = [x[:, :, :length].detach() for x in leaves]
+            state = m.init_state(batch, heads // 2, width, v_head_dim=24, dtype=kind)
+            state.kv.requires_grad_()
+            shape = dataclasses.replace(shape, kv_len=length)
+            declared = linear_counts(m.feature_map, causal, shape, INTERPRETER)
+            here = flops(lambda: outputs.append(m.step(*new, state)[0]))  # noqa: B023
+            there = flops(outputs[1].sum().backward)
+            pairs += [("step", here, declared[0]), ("backward of a step", there, declared[1])]
         TABLE.update(configs)
-        for what, a, b in (("forward", here, declared[0]), ("backward", there, declared[1])):
+        for what, a, b in pairs:
             if a != sum(b.values()):
                 wrong.append(f"{name}, {what}: {a} are done, {sum(b.values())} declared, {dict(b)}")
     InterpreterBuilder.create_dot = multiply
@@ -215,6 +288,7 @@ if __name__ == "__main__":
     hasten_and_count()
     results = {name: judge(**options) for name, options in json.loads(sys.argv[1]).items()}
     results |= {
-        "decoding": judge_decoding(), "far offsets": judge_far_offsets(), "counts": judge_counts(),
+        "decoding": judge_decoding(), "steps": judge_steps(), "far offsets": judge_far_offsets(),
+        "counts": judge_counts(),
     }  # fmt: skip
     print(json.dumps(results))

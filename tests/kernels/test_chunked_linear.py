@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from efficient_attn import LinearAttention, PerformerAttention, Shape
 from efficient_attn.feature_maps import formula_of
+from efficient_attn.ops import linear_steps
 from efficient_attn.ops.chunked_linear import chunked_linear
 from efficient_attn.ops.costs import register_flop_formulas
 
@@ -67,6 +68,11 @@ def test_decoding_equals_the_state_by_torch(judged: dict[str, Any]) -> None:
     assert judged["decoding"] == []
 
 
+def test_steps_of_many_tokens_equal_the_state_by_torch(judged: dict[str, Any]) -> None:
+    """Outputs, states and the gradients of both, by the chunked kernels, which are launched."""
+    assert judged["steps"] == []
+
+
 def test_the_offset_bound_is_that_of_rounding(judged: dict[str, Any]) -> None:
     """Positions far outside, as moving offsets may be, give what the nearest one that matters gives."""
     assert judged["far offsets"] == []
@@ -91,6 +97,25 @@ def test_torch_counts_what_is_declared() -> None:
         flops = m.cost(shape, training=True, basis="torch", backend="triton").flops
         counted = forward.get_total_flops(), backward.get_total_flops()
         assert counted == (flops.forward, flops.backward)
+
+
+def test_torch_counts_what_is_declared_of_steps() -> None:
+    """Of 300 tokens after a state that somebody differentiates."""
+    register_flop_formulas()
+    m = PerformerAttention(40, num_features=70, is_causal=True)
+    sizes = ((4, 300, 40), (2, 300, 40), (2, 300, 24))
+    q, k, v = (torch.empty(2, *x, dtype=torch.bfloat16, device="meta", requires_grad=True) for x in sizes)
+    kv = torch.empty(2, 2, 70, 25, device="meta", requires_grad=True)
+    projection, exponent = m.feature_map.projection.to("meta"), torch.empty(2, 2, device="meta")
+    with FlopCounterMode(display=False) as forward:
+        out, _, _, after, _ = linear_steps._steps(
+            q, k, v, None, kv, exponent, projection, "favor_softmax", 1.0, True
+        )
+    with FlopCounterMode(display=False) as backward:
+        (out.sum() + after.sum()).backward()
+    shape = Shape(2, 4, 300, 700, 40, num_kv_heads=2, v_head_dim=24, dtype=torch.bfloat16)
+    flops = m.cost(shape, training=True, phase="decode", basis="torch", backend="triton").flops
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (flops.forward, flops.backward)
 
 
 @pytest.mark.parametrize(("features", "width", "values"), [(70, 20, 40), (64, 64, 32)])

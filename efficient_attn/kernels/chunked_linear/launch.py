@@ -80,7 +80,10 @@ class Pass:
         scale: float,
         is_causal: bool,
         precision: str | None = None,
+        before: Tensor | None = None,
     ) -> None:
+        """`before` is the state (B, Hkv, M, Ev + 1) of earlier keys, in the unit of the first `peak`."""
+        self.before = before
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
         self.batch, self.heads, self.length, width = q.shape
         self.kv_heads, self.num_keys, self.values = v.shape[1:]
@@ -151,11 +154,14 @@ class Pass:
             self.kv_heads, self.num_keys, self.span, self.key_spans, **self.shapes, **blocks,
         )  # fmt: skip
         position = torch.arange(self.key_spans + 1, device=self.q.device) * self.span - 1
-        self._sum_up(states, position, False)
+        self._sum_up(states, position, False, self.before)
         return states
 
-    def row_states(self, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
-        """Slot t holds the sum of the rows of span t and all later ones, spans counted from the first row's."""
+    def row_states(self, grad: Tensor, total: Tensor, delta: Tensor, after: Tensor | None = None) -> Tensor:
+        """Slot t holds the sum of the rows of span t and all later ones, spans counted from the first row's.
+
+        `after`, in the unit of the last `peak`, is the gradient of the state after all keys: of later rows, as it were.
+        """
         states = self._new_states(self.row_spans)
         config = self.config("states")
         blocks = self.blocks(config)
@@ -174,8 +180,12 @@ class Pass:
             clamped = clamped.clamp(-self.length, self.num_keys)
         elif self.is_causal:
             clamped = min(max(clamped, -self.length), self.num_keys)
-        self._sum_up(states, (clamped // self.span + number) * self.span, True)
+        self._sum_up(states, (clamped // self.span + number) * self.span, True, after)
         return states
+
+    def state_of(self, states: Tensor, slot: int) -> Tensor:
+        """One slot as (B, Hkv, M, Ev + 1)."""
+        return states[:, slot].view(self.batch, self.kv_heads, self.values + 1, self.size).mT
 
     def part(self, gradient: Tensor, parts: list[dict[str, Any]]) -> Tensor | None:
         """Where launches that are several add up a gradient."""
@@ -195,13 +205,24 @@ class Pass:
             ceil_div(self.values, blocks["BLOCK_V"]),
         )
 
-    def _sum_up(self, states: Tensor, position: Tensor, reverse: bool) -> None:
-        """Running sums over slots, whose units are those at `position`."""
+    def _sum_up(self, states: Tensor, position: Tensor, reverse: bool, first: Tensor | None) -> None:
+        """Running sums over slots, whose units are those at `position`, from the state `first` on."""
+        if first is not None:
+            self.state_of(states, -1 if reverse else 0).copy_(first)
         factors = self._factors(position, reverse) if self.is_causal else None
         block = 32 if architecture_of(self.q.device) == INTERPRETER else 512
         slots, size = states.shape[1:]
         grid = len(states), ceil_div(size, block)
-        running_sum_kernel[grid](states, factors, slots, SIZE=size, REVERSE=reverse, BLOCK=block, num_warps=4)
+        running_sum_kernel[grid](
+            states,
+            factors,
+            slots,
+            SIZE=size,
+            REVERSE=reverse,
+            KEEP=first is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
 
     def _factors(self, position: Tensor, reverse: bool) -> Tensor | None:
         """What each slot keeps of the one before it: (B Hkv, slots)."""
@@ -243,13 +264,17 @@ def exponents(
     return shift, exponent
 
 
-def forward(p: Pass, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, H, L, Ev), what rounding took from it if that is to be kept, and each row's total weight (B, H, L)."""
+def forward(p: Pass, keep: bool, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, L, Ev), what rounding took from it if that is to be kept, and each row's total weight (B, H, L).
+
+    `states` are those of the keys, if they are there already.
+    """
     q = p.q
     out = torch.empty(*q.shape[:3], p.values, dtype=q.dtype, device=q.device)
     lost = torch.empty_like(out) if keep and q.dtype != torch.float32 else None
     total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    states, config = p.key_states(), p.config("rows" if p.projection is None else "rows_projected")
+    states = p.key_states() if states is None else states
+    config = p.config("rows" if p.projection is None else "rows_projected")
     parts, blocks = list(p.parts(config)), p.blocks(config)
     part = torch.empty(out.shape, dtype=torch.float32, device=q.device) if len(parts) > 1 else None
     part_total = None
@@ -269,9 +294,12 @@ def forward(p: Pass, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None, total: Tensor, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, and of a state before the first key, if all rows come after it: (B, Hkv, M, Ev + 1).
+
+    `after` is the gradient of the state after all keys; both are of states in units of the nearest `peak`.
+    """
     grad, delta = _rows(grad), torch.empty_like(total)
     chunk = 16 if architecture_of(grad.device) == INTERPRETER else 64
     blocks = ceil_div(p.length, chunk)
@@ -280,7 +308,8 @@ def backward(
         EV=p.values, CHUNK=chunk, BLOCK_V=p.padded["BLOCK_V"], num_warps=4,
     )  # fmt: skip
     dq = _row_gradients(p, grad, total, delta)
-    return dq, *_key_gradients(p, grad, total, delta)
+    states = p.row_states(grad, total, delta, after)
+    return dq, *_key_gradients(p, grad, total, delta, states), p.state_of(states, 0)
 
 
 def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
@@ -300,9 +329,11 @@ def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tenso
     return dq
 
 
-def _key_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _key_gradients(
+    p: Pass, grad: Tensor, total: Tensor, delta: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.k, p.v))
-    states, config = p.row_states(grad, total, delta), p.config("key_gradients")
+    config = p.config("key_gradients")
     parts = list(p.parts(config))
     part, part_v = p.part(dk, parts), p.part(dv, parts)
     row_shift = None if p.exponents is None else p.exponents.row_shift

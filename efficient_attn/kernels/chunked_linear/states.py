@@ -211,9 +211,15 @@ def row_states_kernel(
 
 @triton.jit
 def running_sum_kernel(
-    states, factors, slots, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+    states,
+    factors,
+    slots,
+    SIZE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """states[t] += states[t - 1] * factors[t], from the first slot, which is cleared; or from the last one back."""
+    """states[t] += states[t - 1] * factors[t], from the first slot, cleared unless KEEP; or from the last one back."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     states += tl.program_id(0).to(tl.int64) * slots * SIZE + column
@@ -223,7 +229,7 @@ def running_sum_kernel(
     for step in range(slots):
         slot = slots - 1 - step if REVERSE else step
         at = states + slot.to(tl.int64) * SIZE
-        own = tl.load(at, mask=inside & (step > 0), other=0.0)
+        own = tl.load(at, mask=inside & (KEEP | (step > 0)), other=0.0)
         if factors is not None:
             carry *= tl.load(factors + slot)
         carry += own

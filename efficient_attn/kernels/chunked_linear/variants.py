@@ -123,7 +123,7 @@ def _elementwise(delta_kernel: Any, running_sum_kernel: Any) -> Iterator[Variant
     for width in (64, 128, 256):
         constants: dict[Any, dict[str, Any]] = {
             delta_kernel: {"EV": width, "CHUNK": 64, "BLOCK_V": width},
-            running_sum_kernel: {"SIZE": width * (width + 1), "REVERSE": True, "BLOCK": 512},
+            running_sum_kernel: {"SIZE": width * (width + 1), "REVERSE": True, "KEEP": True, "BLOCK": 512},
         }
         for kernel, constexprs in constants.items():
             names = [name for name in kernel.arg_names if name not in constexprs]
