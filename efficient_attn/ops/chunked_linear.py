@@ -11,7 +11,7 @@ from torch import Tensor
 from ..feature_maps import FORMULAS, formula_of
 from ..kernels import refusals
 from ..kernels.chunked_linear.configs import LARGEST_PROJECTED
-from .composed import running_maximum
+from .composed import maximum_of_segment, running_maximum
 from .problem import LinearProblem
 from .stream import linear_operator
 
@@ -28,8 +28,6 @@ def refuse(p: LinearProblem) -> list[str]:
         reasons.append("knows the library's own feature maps, without learnt projections, not this one")
     if getattr(p.feature_map, "projection", None) is not None and p.q.shape[3] > LARGEST_PROJECTED:
         reasons.append(f"random features are for head sizes up to {LARGEST_PROJECTED}, not {p.q.shape[3]}")
-    if p.segment_ids is not None and not p.is_causal:
-        reasons.append("takes segment_ids for causal attention only")
     if p.q.shape[2] + p.k.shape[2] >= 1 << 31:
         reasons.append("counts fewer than 2^31 positions")
     return reasons
@@ -48,16 +46,19 @@ def forward(
     is_causal: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `stream.forward`; what rounding took from the output is kept for a backward pass alone."""
+    """As `stream.forward`; what rounding took from the output is kept for a backward pass alone.
+
+    Segments without causality are walked in both directions.
+    """
     if _empty(q, k, v):
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lost = torch.zeros_like(out) if keep and q.dtype != torch.float32 else q.new_empty(0)
         return out, lost, q.new_full(q.shape[:3], torch.inf, dtype=torch.float32)
-    from ..kernels.chunked_linear import launch
+    from ..kernels.chunked_linear import both_ways, launch
 
     with on_device(q):
         run = _pass(q, k, v, valid, segment, offset, projection, feature, scale, is_causal)
-        return launch.forward(run, keep)
+        return (launch if segment is None or is_causal else both_ways).forward(run, keep)
 
 
 def backward(
@@ -79,11 +80,13 @@ def backward(
     """As `stream.backward`."""
     if _empty(q, k, v):
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
-    from ..kernels.chunked_linear import launch
+    from ..kernels.chunked_linear import both_ways, launch
 
     with on_device(q):
         run = _pass(q, k, v, valid, segment, offset, projection, feature, scale, is_causal)
-        return launch.backward(run, grad, out, lost if lost.numel() else None, total)[:3]
+        walk = launch if segment is None or is_causal else both_ways
+        dq, dk, dv, *_ = walk.backward(run, grad, out, lost if lost.numel() else None, total)
+        return dq, dk, dv
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -112,7 +115,8 @@ def _pass(
     exponents = exponents_of(q, k, valid, segment, projection, feature, scale, is_causal)
     # Reading an offset that is on the device would wait for it.
     where = int(offset) if offset.device.type == "cpu" else offset
-    return launch.Pass(q, k, v, valid, segment, where, exponents, projection, feature, scale, is_causal)
+    walked = is_causal or segment is not None
+    return launch.Pass(q, k, v, valid, segment, where, exponents, projection, feature, scale, walked)
 
 
 def exponents_of(
@@ -133,7 +137,9 @@ def exponents_of(
     row_shift, _ = launch.exponents(q, None, projection, feature, scale, of_keys=False)
     shift, exponent = launch.exponents(k, valid, projection, feature, 1.0, of_keys=True)
     assert exponent is not None
-    if is_causal:
+    if segment is not None and not is_causal:
+        peak = maximum_of_segment(exponent, segment)
+    elif is_causal:
         peak = running_maximum(exponent, segment)
     else:
         peak = exponent.amax(2, keepdim=True).expand_as(exponent).contiguous()

@@ -39,6 +39,11 @@ def running_maximum(x: Tensor, segment: Tensor | None) -> Tensor:
     return x
 
 
+def maximum_of_segment(x: Tensor, segment: Tensor) -> Tensor:
+    """The maximum of x (B, H, S) over all positions of the same segment."""
+    return running_maximum(running_maximum(x, segment).flip(2), segment.flip(1)).flip(2)
+
+
 def features(
     phi: Callable[[Tensor], Features], x: Tensor, scale: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -184,7 +189,7 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, segment
     """Non-causal within each segment: the keys up to each query, then those after it, at one scale a segment."""
     peak = following = None
     if exponent is not None:
-        peak = -running_maximum(running_maximum(exponent, segment).flip(2), segment.flip(1)).flip(2)
+        peak = -maximum_of_segment(exponent, segment)
         following = torch.cat([exponent[:, :, 1:], torch.full_like(exponent[:, :, :1], NOTHING)], 2)
     same = torch.cat(
         [segment[:, 1:] == segment[:, :-1], torch.zeros_like(segment[:, :1], dtype=torch.bool)], 1

@@ -35,16 +35,19 @@ def _valid(p: LinearProblem) -> Tensor | None:
 
 def chunked(p: LinearProblem) -> Tensor:
     """Linear attention in time and memory O(L + S)."""
-    return _linear(p, stream)
+    return _linear(p, stream, both_ways=False)
 
 
 def triton(p: LinearProblem) -> Tensor:
     """The same by kernels."""
-    return _linear(p, chunked_linear)
+    return _linear(p, chunked_linear, both_ways=True)
 
 
-def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Linear attention by the operator `run` for the maps that operators know."""
+def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]], both_ways: bool) -> Tensor:
+    """Linear attention by the operator `run` for the maps that operators know.
+
+    `both_ways` says whether it also takes documents whose tokens see later ones.
+    """
     refuse_forward_mode(p.q, p.k, p.v)
     p.feature_map.check_head_dim(p.q.shape[3])
     q, k, v, valid, segment, q_offset = p.q, p.k, p.v, _valid(p), None, p.q_offset
@@ -54,7 +57,7 @@ def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]])
         valid = None if valid is None else valid.gather(1, packing.order)
     feature, scale = formula_of(p.feature_map), _query_scale(p)
     with full_precision(q.device):
-        if feature is None or (segment is not None and not p.is_causal):
+        if feature is None or (segment is not None and not p.is_causal and not both_ways):
             out = composed(p.feature_map, q, k, v, valid, segment, q_offset, scale, p.is_causal)
         else:
             # A copy, because a cache may move its offset on before the backward pass reads it.

@@ -91,14 +91,14 @@ def chunked_linear_forward_flops(
     q, k, v, valid, segment, offset, projection, feature, scale, is_causal, keep, out_shape=None, **kwargs
 ) -> int:  # type: ignore[no-untyped-def]
     """For FlopCounterMode, which gives shapes."""
-    return sum(counts.forward(_seen(q, k, v, projection, feature, is_causal)).values())
+    return sum(counts.forward(_seen(q, k, v, projection, feature, is_causal, segment is not None)).values())
 
 
 def chunked_linear_backward_flops(
     grad, q, k, v, out, lost, total, valid, segment, offset, projection, feature, scale, is_causal, **kwargs
 ) -> int:  # type: ignore[no-untyped-def]
     """For FlopCounterMode, which gives shapes."""
-    return sum(counts.backward(_seen(q, k, v, projection, feature, is_causal)).values())
+    return sum(counts.backward(_seen(q, k, v, projection, feature, is_causal, segment is not None)).values())
 
 
 def chunked_linear_step_flops(
@@ -122,10 +122,11 @@ def chunked_linear_steps_backward_flops(
     return sum(counts.backward(_seen(q, k, v, projection, feature, True)).values())
 
 
-def _seen(q, k, v, projection, feature, is_causal) -> Sizes:  # type: ignore[no-untyped-def]
+def _seen(q, k, v, projection, feature, is_causal, documents=False) -> Sizes:  # type: ignore[no-untyped-def]
     # A formula sees no dtype: the kernels are for 16 bits.
     return Sizes(
         batch=q[0], heads=q[1], kv_heads=k[1], length=q[2], num_keys=k[2], width=q[3], values=v[3],
         features=q[3] if projection is None else projection[0], projected=projection is not None,
-        has_exponent=FORMULAS[feature].has_exponent, is_causal=is_causal,
+        has_exponent=FORMULAS[feature].has_exponent, is_causal=is_causal or documents,
+        both_ways=documents and not is_causal,
     )  # fmt: skip

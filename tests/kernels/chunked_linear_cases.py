@@ -16,13 +16,20 @@ from triton.runtime.interpreter import InterpreterBuilder
 from efficient_attn import LinearAttention, PerformerAttention
 from efficient_attn.complexity import Shape
 from efficient_attn.feature_maps import FORMULAS, Features, formula_of, orthogonal_gaussian
-from efficient_attn.kernels.chunked_linear import launch
+from efficient_attn.kernels.chunked_linear import counts, launch
 from efficient_attn.kernels.chunked_linear.configs import TABLE
 from efficient_attn.kernels.configs import INTERPRETER, Config
 from efficient_attn.kernels.decode.linear import linear_step
-from efficient_attn.ops import linear_steps, stream
-from efficient_attn.ops.composed import composed_step, features, running_maximum, state_of, with_ones
-from efficient_attn.ops.linear_kernel_costs import linear_counts
+from efficient_attn.ops import chunked_linear, linear_steps, stream
+from efficient_attn.ops.composed import (
+    composed,
+    composed_step,
+    features,
+    running_maximum,
+    state_of,
+    with_ones,
+)
+from efficient_attn.ops.linear_kernel_costs import linear_counts, sizes
 
 from .__main__ import hasten_and_count, launches
 
@@ -38,6 +45,7 @@ COUNTED: dict[str, Any] = {
     "projected": ("favor", 2, 37, 60, 16, 70, "float16", True, False),
     "projected exactly": ("favor", 2, 37, 60, 24, 70, "float32", False, False),
     "not causal": ("relu", 4, 37, 70, 20, 20, "float16", False, False),
+    "not causal, documents": ("favor", 2, 37, 37, 16, 40, "float16", False, False),
     "other blocks": ("favor", 2, 37, 44, 24, 70, "float16", True, True),
     "other blocks, not causal": ("squared_relu", 2, 60, 37, 70, 70, "float32", False, True),
 }  # fmt: skip
@@ -204,6 +212,41 @@ def _judge_step(feature: str, length: int, size: float, kind: torch.dtype) -> li
     return wrong
 
 
+def judge_documents() -> list[str]:
+    """Documents without causality, from one token to more than spans, against the composed scans in fp64."""
+    wrong, lengths = [], torch.tensor([70, 1, 3, 0, 12, 24])
+    segment = torch.arange(6).repeat_interleave(lengths).expand(2, -1)
+    for feature, dtype, slope in (
+        ("elu", "float32", 0.0),
+        ("squared_relu", "float32", 3.0),
+        ("exp", "float32", -9.0),
+        ("exp", "float16", 9.0),
+        ("favor_softmax", "float32", 3.0),
+    ):
+        torch.manual_seed(0)
+        kind: torch.dtype = getattr(torch, dtype)
+        q, v = torch.randn(2, 4, 110, 16).to(kind), torch.randn(2, 2, 110, 24).to(kind)
+        k = (torch.randn(2, 2, 110, 16) + slope * torch.linspace(0, 1, 110)[:, None]).to(kind)
+        grad, valid = torch.randn(2, 4, 110, 24).to(kind), torch.rand(2, 110) > 0.3
+        projection = orthogonal_gaussian(40, 16, 0) if feature.startswith("favor") else None
+        others = valid, segment, torch.tensor(0), projection, feature, 0.7, False
+        forward = chunked_linear.forward(q, k, v, *others, True)
+        mine = [forward[0], *chunked_linear.backward(grad, q, k, v, *forward, *others)]
+
+        def phi(x: Tensor, feature: str = feature, projection: Tensor | None = projection) -> Features:
+            return FORMULAS[feature].values(x, None if projection is None else projection.double())
+
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        out = composed(phi, *leaves, valid, segment, 0, 0.7, False)
+        theirs = [out, *torch.autograd.grad(out, leaves, grad.double())]
+        for name, a, b in zip(("out", "dq", "dk", "dv"), mine, theirs, strict=True):
+            unit = torch.finfo(kind).eps * max(b.abs().max().item(), 2.0**-10)
+            error = (a.double() - b).abs().max().item()
+            if not error <= UNITS[kind] * unit:
+                wrong.append(f"{feature}, {dtype}, {name}: {error:.3g}, that is {error / unit:.1f} units")
+    return wrong
+
+
 def _prepared(
     phi: Callable[[Tensor], Features], k: Tensor, v: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -275,6 +318,18 @@ def judge_counts() -> list[str]:
             here = flops(lambda: outputs.append(m.step(*new, state)[0]))  # noqa: B023
             there = flops(outputs[1].sum().backward)
             pairs += [("step", here, declared[0]), ("backward of a step", there, declared[1])]
+        elif length == num_keys:
+            documents = torch.arange(length).expand(batch, -1) // 9
+            walked = dataclasses.replace(
+                sizes(m.feature_map, True, shape, INTERPRETER), both_ways=True, is_causal=True
+            )
+            declared = (
+                counts.forward(walked, min(4, kind.itemsize)),
+                counts.backward(walked, min(4, kind.itemsize)),
+            )
+            here = flops(lambda: outputs.append(m(*leaves, segment_ids=documents)))  # noqa: B023
+            there = flops(outputs[1].sum().backward)
+            pairs += [("documents", here, declared[0]), ("backward of documents", there, declared[1])]
         TABLE.update(configs)
         for what, a, b in pairs:
             if a != sum(b.values()):
@@ -288,7 +343,7 @@ if __name__ == "__main__":
     hasten_and_count()
     results = {name: judge(**options) for name, options in json.loads(sys.argv[1]).items()}
     results |= {
-        "decoding": judge_decoding(), "steps": judge_steps(), "far offsets": judge_far_offsets(),
-        "counts": judge_counts(),
+        "decoding": judge_decoding(), "steps": judge_steps(), "documents": judge_documents(),
+        "far offsets": judge_far_offsets(), "counts": judge_counts(),
     }  # fmt: skip
     print(json.dumps(results))

@@ -73,6 +73,11 @@ def test_steps_of_many_tokens_equal_the_state_by_torch(judged: dict[str, Any]) -
     assert judged["steps"] == []
 
 
+def test_documents_without_causality_equal_the_scans_by_torch(judged: dict[str, Any]) -> None:
+    """Of one token and of several spans, with exponents that differ much."""
+    assert judged["documents"] == []
+
+
 def test_the_offset_bound_is_that_of_rounding(judged: dict[str, Any]) -> None:
     """Positions far outside, as moving offsets may be, give what the nearest one that matters gives."""
     assert judged["far offsets"] == []
@@ -97,6 +102,21 @@ def test_torch_counts_what_is_declared() -> None:
         flops = m.cost(shape, training=True, basis="torch", backend="triton").flops
         counted = forward.get_total_flops(), backward.get_total_flops()
         assert counted == (flops.forward, flops.backward)
+
+
+def test_torch_counts_both_walks_of_documents() -> None:
+    """Without causality documents take twice what they take with it, random features' exponents excepted."""
+    register_flop_formulas()
+    q, k, v = (
+        torch.empty(2, 2, 300, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in "qkv"
+    )
+    segment, counted = torch.empty(2, 300, dtype=torch.int64, device="meta"), []
+    for is_causal in (True, False):
+        with FlopCounterMode(display=False) as mode:
+            out, *_ = chunked_linear(q, k, v, None, segment, torch.tensor(0), None, "elu", 1.0, is_causal)
+            out.sum().backward()
+        counted.append(mode.get_total_flops())
+    assert counted[1] == 2 * counted[0] > 0
 
 
 def test_torch_counts_what_is_declared_of_steps() -> None:

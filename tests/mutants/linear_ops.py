@@ -227,7 +227,7 @@ COMPOSITION = (
     ),
     Mutant(
         COMPOSED,
-        "peak = -running_maximum(running_maximum(exponent, segment).flip(2), segment.flip(1)).flip(2)",
+        "peak = -maximum_of_segment(exponent, segment)",
         "peak = -running_maximum(exponent, segment)",
         "non-causal documents are scaled by the keys so far, not by all",
     ),

@@ -124,6 +124,7 @@ def row_gradients_kernel(
     first_feature,
     GROUPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     FEATURE: tl.constexpr,
@@ -213,7 +214,7 @@ def row_gradients_kernel(
                 )
             pairs = tl.zeros((CHUNK, CHUNK), tl.float32) + w[None, :]
             pairs = product(value, tl.trans(gradient), pairs, PRECISION)
-            pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+            pairs = hide(pairs, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT)
             seen = operand(pairs * share[None, :], PRECISION)
 
         projected = tl.zeros((CHUNK, BLOCK_X), tl.float32)

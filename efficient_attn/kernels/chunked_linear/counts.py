@@ -37,6 +37,8 @@ class Sizes:
     itemsize: int = 2
     """Bytes of an operand: 2 in bf16; fp16 is multiplied as tf32, 4."""
     architecture: int = 90
+    both_ways: bool = False
+    """Whether there are walks in both directions: of documents without causality, as if there were some."""
 
     def __post_init__(self) -> None:
         if 0 in (self.batch, self.length, self.num_keys, self.values):
@@ -196,15 +198,15 @@ def forward(s: Sizes, exponent_itemsize: int = 2) -> Counter[str]:
     """FLOPs of a forward pass by what they are for; exponents are cut by the bytes of an input."""
     if s.batch == 0:
         return Counter()
-    return exponents(s, exponent_itemsize) + key_states(s) + rows(s)
+    return exponents(s, exponent_itemsize) + _times(key_states(s) + rows(s), 1 + s.both_ways)
 
 
 def backward(s: Sizes, exponent_itemsize: int = 2) -> Counter[str]:
     """FLOPs of a backward pass; those in AGAIN are recomputation."""
     if s.batch == 0:
         return Counter()
-    walks = row_gradients(s) + row_states(s) + key_gradients(s)
-    return exponents(s, exponent_itemsize) + key_states(s) + walks
+    walks = key_states(s) + row_gradients(s) + row_states(s) + key_gradients(s)
+    return exponents(s, exponent_itemsize) + _times(walks, 1 + s.both_ways)
 
 
 def step(s: Sizes) -> Counter[str]:

@@ -28,9 +28,24 @@ def load_state(states, feature, column, EV: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def hide(pairs, position, own, peak, segment, HAS_EXPONENT: tl.constexpr, HAS_SEGMENT: tl.constexpr):
-    """pairs (keys, rows) with the keys' weights, zero where the key comes after the row or in another segment."""
-    seen = position[:, None] <= position[None, :]
+def hide(
+    pairs,
+    position,
+    own,
+    peak,
+    segment,
+    STRICT: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr,
+):
+    """pairs (keys, rows) with the keys' weights, zero where the key comes after the row or in another segment.
+
+    If STRICT, a row does not see the key at its own position either.
+    """
+    if STRICT:
+        seen = position[:, None] < position[None, :]
+    else:
+        seen = position[:, None] <= position[None, :]
     if HAS_SEGMENT:
         seen = seen & (segment[:, None] == segment[None, :])
     if HAS_EXPONENT:
@@ -77,6 +92,7 @@ def rows_kernel(
     first_feature,
     GROUPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     FEATURE: tl.constexpr,
@@ -200,7 +216,7 @@ def rows_kernel(
             sums *= row_factor[None, :]
             weights *= row_factor
         if IS_CAUSAL:
-            pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+            pairs = hide(pairs, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT)
             seen = operand(pairs, PRECISION)
             sums = product(tl.trans(value), seen, sums, PRECISION)
             weights += tl.sum(seen.to(tl.float32), 0)

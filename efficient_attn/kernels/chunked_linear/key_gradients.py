@@ -65,6 +65,7 @@ def key_gradients_kernel(
     first_feature,
     GROUPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     FEATURE: tl.constexpr,
@@ -199,11 +200,15 @@ def key_gradients_kernel(
 
                     pairs = tl.zeros((CHUNK, CHUNK), tl.float32) + w[None, :]
                     pairs = product(value, tl.trans(gradient), pairs, PRECISION)
-                    pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+                    pairs = hide(
+                        pairs, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT
+                    )
                     d = product(operand(pairs, PRECISION), phi_q, d, PRECISION)
                     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
                     scores = product(phi_k, tl.trans(phi_q), scores, PRECISION)
-                    scores = hide(scores, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+                    scores = hide(
+                        scores, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT
+                    )
                     seen = tl.trans(operand(scores, PRECISION))
                     d_value = product(tl.trans(gradient), seen, d_value, PRECISION)
                     if HAS_EXPONENT or HAS_SEGMENT:

@@ -84,6 +84,7 @@ class Pass:
     ) -> None:
         """`before` is the state (B, Hkv, M, Ev + 1) of earlier keys, in the unit of the first `peak`."""
         self.before = before
+        self.walk = {"IS_CAUSAL": is_causal, "STRICT": False}
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
         self.batch, self.heads, self.length, width = q.shape
         self.kv_heads, self.num_keys, self.values = v.shape[1:]
@@ -264,33 +265,60 @@ def exponents(
     return shift, exponent
 
 
-def forward(p: Pass, keep: bool, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    p: Pass, keep: bool, states: Tensor | None = None, begun: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, L, Ev), what rounding took from it if that is to be kept, and each row's total weight (B, H, L).
 
-    `states` are those of the keys, if they are there already.
+    `states` are those of the keys, if they are there already; `begun` is what `sums` gave for other keys.
     """
     q = p.q
     out = torch.empty(*q.shape[:3], p.values, dtype=q.dtype, device=q.device)
     lost = torch.empty_like(out) if keep and q.dtype != torch.float32 else None
-    total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    states = p.key_states() if states is None else states
-    config = p.config("rows" if p.projection is None else "rows_projected")
+    part, weights = begun or (None, None)
+    total = _walk_rows(p, p.key_states() if states is None else states, part, weights, out, lost)
+    return out, q.new_empty(0) if lost is None else lost, total
+
+
+def sums(p: Pass) -> tuple[Tensor, Tensor]:
+    """What the outputs are before they are divided (B, H, L, Ev), and by what (B, H, L): fp32."""
+    part = torch.empty(*p.q.shape[:3], p.values, dtype=torch.float32, device=p.q.device)
+    return part, _walk_rows(p, p.key_states(), part, None, None, None)
+
+
+def _walk_rows(
+    p: Pass,
+    states: Tensor,
+    part: Tensor | None,
+    begun: Tensor | None,
+    out: Tensor | None,
+    lost: Tensor | None,
+) -> Tensor:
+    """The total weights, after launches that add up in `part` and end in `out`, if it is given.
+
+    `begun` are the weights that belong to what is in `part` already, if anything is.
+    """
+    q, config = p.q, p.config("rows" if p.projection is None else "rows_projected")
     parts, blocks = list(p.parts(config)), p.blocks(config)
-    part = torch.empty(out.shape, dtype=torch.float32, device=q.device) if len(parts) > 1 else None
-    part_total = None
+    if part is None and len(parts) > 1:
+        part = torch.empty(*q.shape[:3], p.values, dtype=torch.float32, device=q.device)
     row_shift = None if p.exponents is None else p.exponents.row_shift
     grid = p.batch * p.heads * p.row_spans, ceil_div(p.values, blocks["BLOCK_V"])
+    previous = begun
     for features in parts:
-        weights = total if features["END"] else torch.empty_like(total)
+        features["BEGIN"] &= begun is None
+        features["END"] &= out is not None
+        total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         rows_kernel[grid](
             q, p.k, p.v, p.valid, p.segment, row_shift, *p.of_keys, p.projection, states,
-            part, part_total, out, lost, weights,
+            part, previous, part if out is None else out, lost, total,
             p.offset, p.scale, *_strides(q), *_strides(p.k), *_strides(p.v),
             p.heads, p.length, p.num_keys, p.span, p.row_spans, p.key_spans + 1,
-            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **blocks,
+            GROUPS=p.groups, **p.walk, **features, **p.shapes, **blocks,
         )  # fmt: skip
-        part_total = weights
-    return out, q.new_empty(0) if lost is None else lost, total
+        previous = total
+    assert previous is not None
+    return previous
 
 
 def backward(
@@ -300,20 +328,28 @@ def backward(
 
     `after` is the gradient of the state after all keys; both are of states in units of the nearest `peak`.
     """
-    grad, delta = _rows(grad), torch.empty_like(total)
+    grad, delta = _rows(grad), delta_of(p, grad, out, lost)
+    dq = row_gradients(p, grad, total, delta, p.q.dtype)
+    states = p.row_states(grad, total, delta, after)
+    return dq, *key_gradients(p, grad, total, delta, states, p.q.dtype), p.state_of(states, 0)
+
+
+def delta_of(p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None) -> Tensor:
+    """-grad . out of each row (B, H, L)."""
+    grad = _rows(grad)
+    delta = torch.empty(grad.shape[:3], dtype=torch.float32, device=grad.device)
     chunk = 16 if architecture_of(grad.device) == INTERPRETER else 64
     blocks = ceil_div(p.length, chunk)
     delta_kernel[(p.batch * p.heads * blocks,)](
         grad, out, lost, delta, *_strides(grad), p.heads, p.length, blocks,
         EV=p.values, CHUNK=chunk, BLOCK_V=p.padded["BLOCK_V"], num_warps=4,
     )  # fmt: skip
-    dq = _row_gradients(p, grad, total, delta)
-    states = p.row_states(grad, total, delta, after)
-    return dq, *_key_gradients(p, grad, total, delta, states), p.state_of(states, 0)
+    return delta
 
 
-def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
-    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
+def row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """dq in `dtype`."""
+    dq = torch.empty(p.q.shape, dtype=dtype, device=p.q.device)
     states, config = p.key_states(), p.config("row_gradients")
     parts = list(p.parts(config))
     part = p.part(dq, parts)
@@ -324,15 +360,16 @@ def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tenso
             part, dq, p.offset, p.scale,
             *_strides(p.q), *_strides(p.k), *_strides(p.v), *_strides(grad),
             p.heads, p.length, p.num_keys, p.span, p.row_spans, p.key_spans + 1,
-            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **p.blocks(config),
+            GROUPS=p.groups, **p.walk, **features, **p.shapes, **p.blocks(config),
         )  # fmt: skip
     return dq
 
 
-def _key_gradients(
-    p: Pass, grad: Tensor, total: Tensor, delta: Tensor, states: Tensor
+def key_gradients(
+    p: Pass, grad: Tensor, total: Tensor, delta: Tensor, states: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.k, p.v))
+    """dk and dv in `dtype`, from the states of the rows."""
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (p.k, p.v))
     config = p.config("key_gradients")
     parts = list(p.parts(config))
     part, part_v = p.part(dk, parts), p.part(dv, parts)
@@ -343,6 +380,6 @@ def _key_gradients(
             part, part_v, dk, dv, p.offset, p.scale,
             *_strides(p.q), *_strides(p.k), *_strides(p.v), *_strides(grad),
             p.kv_heads, p.length, p.num_keys, p.span, p.key_spans, p.row_spans + 1,
-            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **p.blocks(config),
+            GROUPS=p.groups, **p.walk, **features, **p.shapes, **p.blocks(config),
         )  # fmt: skip
     return dk, dv

@@ -55,7 +55,7 @@ def build(
         "FEATURE": feature,
         "PRECISION": _precision(element),
     }
-    constants |= {"GROUPS": 1, "IS_CAUSAL": True, "REVERSE": False, **extra}
+    constants |= {"GROUPS": 1, "IS_CAUSAL": True, "STRICT": False, "REVERSE": False, **extra}
     favor, exponent = feature.startswith("favor"), feature in ("favor_softmax", "exp", "squared_relu")
     absent = {"valid", "segment", "factors"}
     absent |= set() if favor else {"projection"}
