@@ -57,7 +57,9 @@ OTHER = {
     "rows": Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=48, BLOCK_V=16),
     "rows_projected": Config.of(4, 1, CHUNK=32, BLOCK_M=16, FEATURES=32, BLOCK_V=16),
     "row_gradients": Config.of(4, 1, CHUNK=8, BLOCK_M=16, FEATURES=48),
+    "row_gradients_projected": Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=32),
     "key_gradients": Config.of(4, 1, CHUNK=8, BLOCK_M=32, FEATURES=64),
+    "key_gradients_projected": Config.of(4, 1, CHUNK=8, BLOCK_M=16, FEATURES=48),
 }
 """Blocks of which none is like another kernel's."""
 

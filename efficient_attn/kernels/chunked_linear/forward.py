@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import features, load_input
+from .features import features, numbers
 from .products import (
     as_given,
     load_nearest,
@@ -192,16 +192,16 @@ def rows_kernel(
         for block in tl.static_range(NUM_BLOCKS):
             kv, z = before[block]
             feature = first_feature + block * BLOCK_M + tl.arange(0, BLOCK_M)
-            x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(
-                x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
-            )
+            x = numbers(q, rows, q_row, length, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            phi = features(x, row_moved, inside, feature, FEATURE, M)
             phi_q = operand(phi, PRECISION)
             sums = product_split(kv, tl.trans(phi_q), sums, PRECISION)
             weights += tl.sum(phi_q.to(tl.float32) * z[None, :], 1)
             if IS_CAUSAL:
-                y = load_input(k, position, k_row, num_keys, feature, FEATURE, E, BLOCK_X)
-                phi = features(y, moved, alive, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
+                y = numbers(
+                    k, position, k_row, num_keys, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION
+                )
+                phi = features(y, moved, alive, feature, FEATURE, M)
                 phi_k = operand(phi, PRECISION)
                 pairs = product(phi_k, tl.trans(phi_q), pairs, PRECISION)
                 if HAS_EXPONENT or HAS_SEGMENT:

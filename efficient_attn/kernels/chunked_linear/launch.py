@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..configs import INTERPRETER, Config, architecture_of, lookup
 from .backward import delta_kernel, row_gradients_kernel
-from .configs import TABLE, ceil_div, padded, span_of
+from .configs import TABLE, ceil_div, named, padded, span_of
 from .features import exponents_kernel
 from .forward import rows_kernel
 from .key_gradients import key_gradients_kernel
@@ -39,6 +39,12 @@ def _rounded(x: Tensor, precision: str) -> Tensor:
     if precision == "tf32":
         return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return x.to(torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def _numbered(segment: Tensor) -> Tensor:
+    """Segments (B, S) by their number in each row, in 32 bits, which take half of the registers."""
+    begins = torch.nn.functional.pad(segment[:, 1:] != segment[:, :-1], (1, 0))
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -90,7 +96,7 @@ class Pass:
         self.kv_heads, self.num_keys, self.values = v.shape[1:]
         self.groups = self.heads // self.kv_heads
         self.valid = None if valid is None else valid.contiguous().view(torch.int8)
-        self.segment = segment.contiguous() if segment is not None and is_causal else None
+        self.segment = _numbered(segment) if segment is not None and is_causal else None
         self.projection = halves(projection, precision or precision_of(q.dtype))
         self.exponents, self.scale, self.is_causal = exponents, scale, is_causal
         self.size = width if projection is None else projection.shape[0]
@@ -115,7 +121,7 @@ class Pass:
         self.row_spans = ceil_div(start + self.length, self.span)
 
     def config(self, kernel: str) -> Config:
-        return lookup(TABLE, kernel, *self._key)
+        return lookup(TABLE, named(kernel, self.projection is not None), *self._key)
 
     def blocks(self, config: Config) -> dict[str, int]:
         """The constants of a config, no wider than the tensors need."""
@@ -298,7 +304,7 @@ def _walk_rows(
 
     `begun` are the weights that belong to what is in `part` already, if anything is.
     """
-    q, config = p.q, p.config("rows" if p.projection is None else "rows_projected")
+    q, config = p.q, p.config("rows")
     parts, blocks = list(p.parts(config)), p.blocks(config)
     if part is None and len(parts) > 1:
         part = torch.empty(*q.shape[:3], p.values, dtype=torch.float32, device=q.device)
