@@ -27,7 +27,10 @@ def refuse(p: LinearProblem) -> list[str]:
     if formula_of(p.feature_map) is None:
         reasons.append("knows the library's own feature maps, without learnt projections, not this one")
     if getattr(p.feature_map, "projection", None) is not None and p.q.shape[3] > LARGEST_PROJECTED:
-        reasons.append(f"random features are for head sizes up to {LARGEST_PROJECTED}, not {p.q.shape[3]}")
+        reasons.append(
+            f"random features are for head sizes up to {LARGEST_PROJECTED}, not {p.q.shape[3]}: wider projections "
+            "spill registers"
+        )
     if p.q.shape[2] + p.k.shape[2] >= 1 << 31:
         reasons.append("counts fewer than 2^31 positions")
     return reasons

@@ -44,6 +44,7 @@ COUNTED: dict[str, Any] = {
     "more queries": ("elu", 2, 70, 20, 16, 16, "float32", False, False),
     "projected": ("favor", 2, 37, 60, 16, 70, "float16", True, False),
     "projected exactly": ("favor", 2, 37, 60, 24, 70, "float32", False, False),
+    "projected wide": ("favor", 2, 20, 20, 72, 40, "float32", True, False),
     "not causal": ("relu", 4, 37, 70, 20, 20, "float16", False, False),
     "not causal, documents": ("favor", 2, 37, 37, 16, 40, "float16", False, False),
     "other blocks": ("favor", 2, 37, 44, 24, 70, "float16", True, True),
@@ -216,7 +217,7 @@ def _judge_step(feature: str, length: int, size: float, kind: torch.dtype) -> li
 
 def judge_documents() -> list[str]:
     """Documents without causality, from one token to more than spans, against the composed scans in fp64."""
-    wrong, lengths = [], torch.tensor([70, 1, 3, 0, 12, 24])
+    wrong, lengths = [], torch.tensor([40, 1, 3, 0, 12, 14])
     segment = torch.arange(6).repeat_interleave(lengths).expand(2, -1)
     for feature, dtype, slope in (
         ("elu", "float32", 0.0),
@@ -227,9 +228,9 @@ def judge_documents() -> list[str]:
     ):
         torch.manual_seed(0)
         kind: torch.dtype = getattr(torch, dtype)
-        q, v = torch.randn(2, 4, 110, 16).to(kind), torch.randn(2, 2, 110, 24).to(kind)
-        k = (torch.randn(2, 2, 110, 16) + slope * torch.linspace(0, 1, 110)[:, None]).to(kind)
-        grad, valid = torch.randn(2, 4, 110, 24).to(kind), torch.rand(2, 110) > 0.3
+        q, v = torch.randn(2, 4, 70, 16).to(kind), torch.randn(2, 2, 70, 24).to(kind)
+        k = (torch.randn(2, 2, 70, 16) + slope * torch.linspace(0, 1, 70)[:, None]).to(kind)
+        grad, valid = torch.randn(2, 4, 70, 24).to(kind), torch.rand(2, 70) > 0.3
         projection = orthogonal_gaussian(40, 16, 0) if feature.startswith("favor") else None
         others = valid, segment, torch.tensor(0), projection, feature, 0.7, False
         forward = chunked_linear.forward(q, k, v, *others, True)

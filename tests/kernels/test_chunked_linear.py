@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from efficient_attn import LinearAttention, PerformerAttention, Shape
 from efficient_attn.feature_maps import formula_of
 from efficient_attn.ops import linear_steps
-from efficient_attn.ops.chunked_linear import chunked_linear
+from efficient_attn.ops.chunked_linear import chunked_linear, refuse
 from efficient_attn.ops.costs import register_flop_formulas
 
 from .test_laws_interpreted import interpreted
@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "exponents that rise": {"feature": "exp", "length": 70, "slope": 3.0},
     "exponents that fall": {"feature": "exp", "length": 70, "slope": -3.0},
     "several launches": {"feature": "favor_softmax", "length": 37, "size": 70},
+    "projections of wide heads": {"feature": "favor_softmax", "length": 20, "width": 100, "size": 40, "heads": 4},
+    "wide heads, documents": {"feature": "favor_relu", "length": 20, "width": 128, "size": 20, "segments": True},
     "several launches, documents": {"feature": "favor_softmax", "length": 40, "size": 40, "segments": True},
     "several launches of columns": {"feature": "squared_relu", "length": 37, "width": 40},
     "one width, not causal": {"feature": "favor_relu", "length": 21, "num_keys": 45, "size": 20, "causal": False},
@@ -152,6 +154,16 @@ def test_costs_of_a_step_are_those_of_its_programs(features: int, width: int, va
     shape = Shape(2, 4, 1, 99, width, num_kv_heads=2, v_head_dim=values, dtype=torch.bfloat16)
     cost = m.cost(shape, phase="decode", basis="hardware", backend="triton")
     assert cost.flops.total == sum(cost.terms.values()) == walked
+
+
+@pytest.mark.parametrize("width", [128, 129])
+def test_random_features_of_the_widest_heads_are_refused(width: int) -> None:
+    """In words that name both sizes; up to 128 the head size is no reason."""
+    m = PerformerAttention(width, num_features=16, is_causal=True)
+    x = torch.zeros(1, 1, 4, width)
+    reasons = refuse(m._problem(x, x, x, None, None, None, None))
+    said = [reason for reason in reasons if "random features" in reason]
+    assert ["up to 128, not 129" in reason for reason in said] == [True] * (width > 128)
 
 
 def test_costs_of_foreign_maps_are_refused() -> None:

@@ -14,8 +14,8 @@ LONGEST_SPAN, SHORTEST_SPAN = 4096, 256
 PROGRAMS = 1024
 """Spans are as long as leaves at least that many programs."""
 
-LARGEST_PROJECTED = 64
-"""The largest head size whose random features are computed in registers without spilling."""
+LARGEST_PROJECTED = 128
+"""The largest head size whose random features are computed in registers; in bf16 without spilling."""
 
 COLUMNS = 32
 """Columns of a head that are projected onto random features at once."""

@@ -24,6 +24,7 @@ _CASES = (
     ("elu", 128, 128),
     ("exp", 128, 128),
     ("favor_softmax", 64, 256),
+    ("favor_softmax", 128, 512),
     ("exp", 256, 256),
 )
 """(feature, head size, features): those of sm_90; of the others, the heaviest of each head size."""
@@ -34,18 +35,24 @@ _LADEN = (
     ("exp", 64, 64),
     ("exp", 128, 128),
     ("favor_softmax", 64, 256),
+    ("favor_softmax", 128, 512),
 )
 """Those that are screened on sm_90 with everything that a call may have besides: padding, documents, grouped heads."""
 
-_EXACT = (("exp", 128, 128), ("favor_softmax", 64, 256))
+_EXACT = (("exp", 128, 128), ("favor_softmax", 64, 256), ("favor_softmax", 128, 512))
 """Those of fp32, and of fp16, which is multiplied as tf32: with all of that, and the same configs for both."""
 
 _OPTIONS: dict[str, Any] = {"given": ("valid", "segment", "offset"), "GROUPS": 4}
 
-_KNOWN_SPILLS = {("key_gradients", "fp32", "exp", 128): 288}
-"""Of (kernel, element, feature, head size): fp32 is multiplied from registers, with whole heads in them."""
+_KNOWN_SPILLS = {
+    ("key_gradients", "fp32", "exp", 128): 288,
+    ("key_gradients", "fp32", "favor_softmax", 128): 328,
+    ("key_gradients", "fp16", "favor_softmax", 128): 64,
+    ("row_gradients", "fp32", "favor_softmax", 128): 16,
+}
+"""Of (kernel, element, feature, head size): what has 4 bytes is multiplied with whole heads in registers."""
 
-_ELSEWHERE = (("exp", 128, 128), ("favor_softmax", 64, 256), ("exp", 256, 256))
+_ELSEWHERE = (("exp", 128, 128), ("favor_softmax", 128, 512), ("exp", 256, 256))
 
 
 def _precision(element: str) -> str:
@@ -144,7 +151,7 @@ def variants() -> Iterator[Variant]:
             if name == "exponents":
                 yield build(kernel, name, 90, "fp32", "favor_softmax", 64, 256, **_OPTIONS)
                 continue
-            for feature, width, size in _LADEN:
+            for feature, width, size in _LADEN if name != "states" else _LADEN[-3:]:
                 yield build(kernel, name, 90, "bf16", feature, width, size, **_OPTIONS)
             for element in ("fp16", "fp32"):
                 for feature, width, size in _EXACT:
