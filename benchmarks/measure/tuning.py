@@ -55,7 +55,11 @@ TIMED_BY: Mapping[str, tuple[str, str]] = {
     "chunked_linear.rows": (LINEAR, FORWARD),
     "chunked_linear.rows_projected": (PERFORMER, FORWARD),
     "chunked_linear.row_gradients": (LINEAR, BACKWARD),
+    "chunked_linear.row_gradients_projected": (PERFORMER, BACKWARD),
     "chunked_linear.key_gradients": (LINEAR, BACKWARD),
+    "chunked_linear.row_gradients_projected": (PERFORMER, BACKWARD),
+    "chunked_linear.key_gradients_projected": (PERFORMER, BACKWARD),
+    "chunked_linear.key_gradients_projected": (PERFORMER, BACKWARD),
 }
 """Our kernels: the subject and the pass by which their configs are timed."""
 

@@ -30,7 +30,7 @@ from .configs import SHARED_MEMORY
 FAMILIES = ("block_sparse", "chunked_linear", "decode")
 
 SPILL_FREE_UP_TO = 128
-"""The head size up to which nothing may spill on sm_90."""
+"""The head size up to which nothing may spill on sm_90, but for what a variant says that it spills."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class Variant:
     num_stages: int
     has_dot: bool
     """Whether it multiplies matrices, by `tl.dot`."""
+    known_spills: int = 0
+    """Bytes that it spills where no config was found that spills less; more is a fault."""
     wgmma: bool = True
     """Whether such products must be Hopper's own on sm_90, which take 64 rows; False for those of fewer."""
     multiples: Sequence[str] = field(default=())
@@ -200,8 +202,9 @@ def screen(variant: Variant) -> Screened:
     shared, limit, faults = kernel.metadata.shared, SHARED_MEMORY[variant.arch], []
     if shared > limit:
         faults.append(f"takes {shared} bytes of shared memory, sm_{variant.arch} has {limit}")
-    if spills and variant.arch == 90 and variant.head_size <= SPILL_FREE_UP_TO:
-        faults.append(f"spills {spills} bytes of registers for each thread")
+    if spills > variant.known_spills and variant.arch == 90 and variant.head_size <= SPILL_FREE_UP_TO:
+        beyond = f", {variant.known_spills} are known" if variant.known_spills else ""
+        faults.append(f"spills {spills} bytes of registers for each thread{beyond}")
     if variant.needs_tensor_cores and not hgmma:
         faults.append("multiplies matrices without Hopper's matrix instructions")
     return Screened(

@@ -11,13 +11,12 @@ from torch import Tensor
 from ..feature_maps import FORMULAS, formula_of
 from ..kernels import refusals
 from ..kernels.chunked_linear.configs import LARGEST_PROJECTED
-from .composed import running_maximum
-from .operators import keep_nothing, no_second_derivative, operator
+from .composed import maximum_of_segment, running_maximum
 from .problem import LinearProblem
 from .stream import linear_operator
 
 if TYPE_CHECKING:
-    from ..kernels.chunked_linear.launch import Pass
+    from ..kernels.chunked_linear.launch import Exponents, Pass
 
 
 def refuse(p: LinearProblem) -> list[str]:
@@ -28,9 +27,10 @@ def refuse(p: LinearProblem) -> list[str]:
     if formula_of(p.feature_map) is None:
         reasons.append("knows the library's own feature maps, without learnt projections, not this one")
     if getattr(p.feature_map, "projection", None) is not None and p.q.shape[3] > LARGEST_PROJECTED:
-        reasons.append(f"random features are for head sizes up to {LARGEST_PROJECTED}, not {p.q.shape[3]}")
-    if p.segment_ids is not None and not p.is_causal:
-        reasons.append("takes segment_ids for causal attention only")
+        reasons.append(
+            f"random features are for head sizes up to {LARGEST_PROJECTED}, not {p.q.shape[3]}: wider projections "
+            "spill registers"
+        )
     if p.q.shape[2] + p.k.shape[2] >= 1 << 31:
         reasons.append("counts fewer than 2^31 positions")
     return reasons
@@ -49,16 +49,19 @@ def forward(
     is_causal: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `stream.forward`; what rounding took from the output is kept for a backward pass alone."""
+    """As `stream.forward`; what rounding took from the output is kept for a backward pass alone.
+
+    Segments without causality are walked in both directions.
+    """
     if _empty(q, k, v):
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lost = torch.zeros_like(out) if keep and q.dtype != torch.float32 else q.new_empty(0)
         return out, lost, q.new_full(q.shape[:3], torch.inf, dtype=torch.float32)
-    from ..kernels.chunked_linear import launch
+    from ..kernels.chunked_linear import both_ways, launch
 
-    with _on_device(q):
+    with on_device(q):
         run = _pass(q, k, v, valid, segment, offset, projection, feature, scale, is_causal)
-        return launch.forward(run, keep)
+        return (launch if segment is None or is_causal else both_ways).forward(run, keep)
 
 
 def backward(
@@ -80,18 +83,20 @@ def backward(
     """As `stream.backward`."""
     if _empty(q, k, v):
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
-    from ..kernels.chunked_linear import launch
+    from ..kernels.chunked_linear import both_ways, launch
 
-    with _on_device(q):
+    with on_device(q):
         run = _pass(q, k, v, valid, segment, offset, projection, feature, scale, is_causal)
-        return launch.backward(run, grad, out, lost if lost.numel() else None, total)
+        walk = launch if segment is None or is_causal else both_ways
+        dq, dk, dv, *_ = walk.backward(run, grad, out, lost if lost.numel() else None, total)
+        return dq, dk, dv
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.numel() == 0 or k.numel() == 0 or v.numel() == 0
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever device the tensors are on."""
     return torch.cuda.device_of(x)
 
@@ -110,19 +115,38 @@ def _pass(
 ) -> Pass:
     from ..kernels.chunked_linear import launch
 
-    exponents = None
-    if FORMULAS[feature].has_exponent:
-        row_shift, _ = launch.exponents(q, None, projection, feature, scale, of_keys=False)
-        shift, exponent = launch.exponents(k, valid, projection, feature, 1.0, of_keys=True)
-        assert exponent is not None
-        if is_causal:
-            peak = running_maximum(exponent, segment)
-        else:
-            peak = exponent.amax(2, keepdim=True).expand_as(exponent).contiguous()
-        exponents = launch.Exponents(row_shift, shift, exponent, peak)
+    exponents = exponents_of(q, k, valid, segment, projection, feature, scale, is_causal)
     # Reading an offset that is on the device would wait for it.
     where = int(offset) if offset.device.type == "cpu" else offset
-    return launch.Pass(q, k, v, valid, segment, where, exponents, projection, feature, scale, is_causal)
+    walked = is_causal or segment is not None
+    return launch.Pass(q, k, v, valid, segment, where, exponents, projection, feature, scale, walked)
+
+
+def exponents_of(
+    q: Tensor,
+    k: Tensor,
+    valid: Tensor | None,
+    segment: Tensor | None,
+    projection: Tensor | None,
+    feature: str,
+    scale: float,
+    is_causal: bool,
+) -> Exponents | None:
+    """What scales the features, of maps whose features have exponents."""
+    from ..kernels.chunked_linear import launch
+
+    if not FORMULAS[feature].has_exponent:
+        return None
+    row_shift, _ = launch.exponents(q, None, projection, feature, scale, of_keys=False)
+    shift, exponent = launch.exponents(k, valid, projection, feature, 1.0, of_keys=True)
+    assert exponent is not None
+    if segment is not None and not is_causal:
+        peak = maximum_of_segment(exponent, segment)
+    elif is_causal:
+        peak = running_maximum(exponent, segment)
+    else:
+        peak = exponent.amax(2, keepdim=True).expand_as(exponent).contiguous()
+    return launch.Exponents(row_shift, shift, exponent, peak)
 
 
 def _fake_forward(q, k, v, valid, segment, offset, projection, feature, scale, is_causal, keep):  # type: ignore[no-untyped-def]
@@ -139,56 +163,3 @@ def chunked_linear(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tenso
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return _operator(q, k, v, *others, transformed or needed)
-
-
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    kv: Tensor,
-    exponent: Tensor | None,
-    projection: Tensor | None,
-    feature: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, H, 1, Ev) of one token, and the state after it; an exponent that there is none of is empty."""
-    from ..kernels.decode.linear import linear_step
-
-    with _on_device(q):
-        out, kv, exponent = linear_step(q, k, v, valid, kv, exponent, projection, feature, scale)
-    return out, kv, q.new_empty(0) if exponent is None else exponent
-
-
-def _fake_step(q, k, v, valid, kv, exponent, projection, feature, scale):  # type: ignore[no-untyped-def]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    after = q.new_empty(0) if exponent is None else torch.empty_like(exponent)
-    return out, torch.empty_like(kv, memory_format=torch.contiguous_format), after
-
-
-_step = operator(
-    "chunked_linear_step",
-    step,
-    _fake_step,
-    keep_nothing,
-    no_second_derivative("chunked_linear_step has no derivative"),
-)
-
-
-def can_step(p: LinearProblem, kv: Tensor) -> bool:
-    """Whether the kernel takes one token on: nobody differentiates, and the problem is one that it knows."""
-    if p.q.shape[2] != 1 or p.q.numel() == 0 or p.v.numel() == 0 or refuse(p):
-        return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (p.q, p.k, p.v, kv)))
-
-
-def kernel_step(
-    p: LinearProblem, kv: Tensor, exponent: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`linear.linear_step` of one token by the kernel."""
-    p.feature_map.check_head_dim(p.q.shape[3])
-    projection, name = getattr(p.feature_map, "projection", None), str(formula_of(p.feature_map))
-    out, kv, after = _step(p.q, p.k, p.v, p.key_mask, kv, exponent, projection, name, scale)
-    return out, kv, None if exponent is None else after

@@ -39,6 +39,11 @@ def running_maximum(x: Tensor, segment: Tensor | None) -> Tensor:
     return x
 
 
+def maximum_of_segment(x: Tensor, segment: Tensor) -> Tensor:
+    """The maximum of x (B, H, S) over all positions of the same segment."""
+    return running_maximum(running_maximum(x, segment).flip(2), segment.flip(1)).flip(2)
+
+
 def features(
     phi: Callable[[Tensor], Features], x: Tensor, scale: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -129,6 +134,26 @@ def _rescale(kv: Tensor, peak: Tensor, joint: Tensor) -> Tensor:
     return kv * torch.exp2(peak - joint)[..., None, None]
 
 
+def composed_step(
+    phi: Callable[[Tensor], Features],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    kv: Tensor,
+    peak: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """New tokens after the state (kv, peak): their outputs (B, H, L, Ev), and the state after them."""
+    query, _ = features(phi, q, scale, None)
+    k, exponent = features(phi, k, 1.0, valid)
+    v, query = with_ones(v), query.unflatten(1, (k.shape[1], -1))
+    after = merge_states(kv, peak, *state_of(k, v, exponent))
+    one = query.shape[3] == 1
+    sums = read(query, after[0]) if one else scan_from(query, k, v, exponent, kv, peak)
+    return normalise(sums).flatten(1, 2).to(q.dtype), *after
+
+
 def scan_from(
     q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, kv: Tensor, peak: Tensor | None
 ) -> Tensor:
@@ -164,7 +189,7 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, segment
     """Non-causal within each segment: the keys up to each query, then those after it, at one scale a segment."""
     peak = following = None
     if exponent is not None:
-        peak = -running_maximum(running_maximum(exponent, segment).flip(2), segment.flip(1)).flip(2)
+        peak = -maximum_of_segment(exponent, segment)
         following = torch.cat([exponent[:, :, 1:], torch.full_like(exponent[:, :, :1], NOTHING)], 2)
     same = torch.cat(
         [segment[:, 1:] == segment[:, :-1], torch.zeros_like(segment[:, :1], dtype=torch.bool)], 1

@@ -14,6 +14,8 @@ from .linear_kernel_costs import (
     chunked_linear_backward_flops,
     chunked_linear_forward_flops,
     chunked_linear_step_flops,
+    chunked_linear_steps_backward_flops,
+    chunked_linear_steps_forward_flops,
     linear_kernel_cost,
 )
 from .scan import BLOCK_ROWS, CHUNK
@@ -138,8 +140,7 @@ def linear_cost(
     Raises:
         ValueError: for the kernels' products with a feature map that they do not know.
     """
-    stepped = phase != "decode" or (shape.q_len == 1 and not training)  # other steps are not the kernels'
-    if backend == "triton" and basis != "model" and stepped:
+    if backend == "triton" and basis != "model":
         return linear_kernel_cost(phi, is_causal, shape, training, phase, basis)
     width = accumulation_dtype(shape.dtype).itemsize
     size, heads, kv_heads = phi.num_features(shape.head_dim), shape.num_heads, shape.num_kv_heads
@@ -229,6 +230,8 @@ def register_flop_formulas() -> None:
         operators.chunked_linear_forward: chunked_linear_forward_flops,
         operators.chunked_linear_backward: chunked_linear_backward_flops,
         operators.chunked_linear_step: chunked_linear_step_flops,
+        operators.chunked_linear_steps_forward: chunked_linear_steps_forward_flops,
+        operators.chunked_linear_steps_backward: chunked_linear_steps_backward_flops,
     }
     for operator, formula in formulas.items():
         if operator not in flop_registry:

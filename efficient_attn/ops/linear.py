@@ -9,25 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, BackendError
 from ..feature_maps import formula_of
 from ..inputs import full_precision, refuse_forward_mode
-from .chunked_linear import can_step, chunked_linear, kernel_step, refuse
-from .composed import (
-    NOTHING,
-    composed,
-    features,
-    merge_states,
-    no_weight,
-    normalise,
-    read,
-    scan_from,
-    state_of,
-    with_ones,
-)
+from .chunked_linear import chunked_linear, refuse
+from .composed import NOTHING, composed, composed_step, features, no_weight
+from .linear_steps import kernel_step, refuse_step
 from .packing import Packing
 from .problem import LinearProblem, allowed_pairs
 from .stream import stream
@@ -46,16 +35,19 @@ def _valid(p: LinearProblem) -> Tensor | None:
 
 def chunked(p: LinearProblem) -> Tensor:
     """Linear attention in time and memory O(L + S)."""
-    return _linear(p, stream)
+    return _linear(p, stream, both_ways=False)
 
 
 def triton(p: LinearProblem) -> Tensor:
     """The same by kernels."""
-    return _linear(p, chunked_linear)
+    return _linear(p, chunked_linear, both_ways=True)
 
 
-def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Linear attention by the operator `run` for the maps that operators know."""
+def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]], both_ways: bool) -> Tensor:
+    """Linear attention by the operator `run` for the maps that operators know.
+
+    `both_ways` says whether it also takes documents whose tokens see later ones.
+    """
     refuse_forward_mode(p.q, p.k, p.v)
     p.feature_map.check_head_dim(p.q.shape[3])
     q, k, v, valid, segment, q_offset = p.q, p.k, p.v, _valid(p), None, p.q_offset
@@ -65,7 +57,7 @@ def _linear(p: LinearProblem, run: Callable[..., tuple[Tensor, Tensor, Tensor]])
         valid = None if valid is None else valid.gather(1, packing.order)
     feature, scale = formula_of(p.feature_map), _query_scale(p)
     with full_precision(q.device):
-        if feature is None or (segment is not None and not p.is_causal):
+        if feature is None or (segment is not None and not p.is_causal and not both_ways):
             out = composed(p.feature_map, q, k, v, valid, segment, q_offset, scale, p.is_causal)
         else:
             # A copy, because a cache may move its offset on before the backward pass reads it.
@@ -104,17 +96,19 @@ def reference(p: LinearProblem) -> Tensor:
 def linear_step(
     p: LinearProblem, kv: Tensor, peak: Tensor | None, backend: str = "chunked"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """New tokens after the state (kv, peak): their outputs, and the state after them."""
-    if backend in ("auto", "triton") and can_step(p, kv):
-        return kernel_step(p, kv, peak, _query_scale(p))
+    """New tokens after the state (kv, peak): their outputs, and the state after them.
+
+    Raises:
+        BackendError: if the kernels are asked for by name and cannot run.
+    """
+    if backend in ("auto", "triton") and p.q.numel() > 0 and p.v.numel() > 0:
+        reasons = refuse_step(p, peak)
+        if not reasons:
+            return kernel_step(p, kv, peak, _query_scale(p))
+        if backend == "triton":
+            raise BackendError(f"backend='triton' cannot run this step: {'; '.join(reasons)}")
     with full_precision(p.q.device):
-        q, _ = features(p.feature_map, p.q, _query_scale(p), None)
-        k, exponent = features(p.feature_map, p.k, 1.0, p.key_mask)
-        v = with_ones(p.v)
-        q = rearrange(q, "b (h g) l m -> b h g l m", h=k.shape[1])
-        after = merge_states(kv, peak, *state_of(k, v, exponent))
-        sums = read(q, after[0]) if q.shape[3] == 1 else scan_from(q, k, v, exponent, kv, peak)
-        return rearrange(normalise(sums), "b h g l e -> b (h g) l e").to(p.q.dtype), *after
+        return composed_step(p.feature_map, p.q, p.k, p.v, p.key_mask, _query_scale(p), kv, peak)
 
 
 LINEAR_BACKENDS = (

@@ -28,7 +28,7 @@ from .laws import LAWS
 WITHOUT_LAUNCHES = {"kernel_is_chosen", "kernel_takes_empty_inputs"}
 """Laws that hold where nothing runs."""
 
-STEPS = "kernel_steps_like_forward"
+STEPS = {"kernel_steps_like_forward", "kernel_sends_gradients_through_steps"}
 
 WITH_OVERFLOW = {"kernel_reaches_far_memory", "kernel_reaches_many_keys"}
 """Laws under which the interpreter looks for overflow of integers: a quarter of its time."""
@@ -70,7 +70,7 @@ def look_for_overflow(look: bool) -> None:
 def held_by_others(law: str, mechanism: Mechanism) -> bool:
     """Whether a law may hold without a kernel: nothing runs, or it is of steps that are not the forward pass."""
     steps_forward = getattr(mechanism, "retained", 0) is None
-    return law in WITHOUT_LAUNCHES or (law == STEPS and not steps_forward)
+    return law in WITHOUT_LAUNCHES or (law in STEPS and not steps_forward)
 
 
 def served(mechanism: Mechanism) -> tuple[Backend | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,16 +15,23 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from efficient_attn import LinearAttention, PerformerAttention
 from efficient_attn.complexity import Shape
-from efficient_attn.feature_maps import FORMULAS, formula_of, orthogonal_gaussian
-from efficient_attn.kernels.chunked_linear import launch
+from efficient_attn.feature_maps import FORMULAS, Features, formula_of, orthogonal_gaussian
+from efficient_attn.kernels.chunked_linear import counts, launch
 from efficient_attn.kernels.chunked_linear.configs import TABLE
 from efficient_attn.kernels.configs import INTERPRETER, Config
 from efficient_attn.kernels.decode.linear import linear_step
-from efficient_attn.ops import stream
-from efficient_attn.ops.composed import running_maximum
-from efficient_attn.ops.linear_kernel_costs import linear_counts
+from efficient_attn.ops import chunked_linear, linear_steps, stream
+from efficient_attn.ops.composed import (
+    composed,
+    composed_step,
+    features,
+    running_maximum,
+    state_of,
+    with_ones,
+)
+from efficient_attn.ops.linear_kernel_costs import linear_counts, sizes
 
-from .__main__ import hasten_and_count
+from .__main__ import hasten_and_count, launches
 
 UNITS = {torch.float32: 64, torch.float16: 6}
 """Units in the last place of the largest entry that an error may have: sums in fp32, one rounding of half."""
@@ -36,7 +44,9 @@ COUNTED: dict[str, Any] = {
     "more queries": ("elu", 2, 70, 20, 16, 16, "float32", False, False),
     "projected": ("favor", 2, 37, 60, 16, 70, "float16", True, False),
     "projected exactly": ("favor", 2, 37, 60, 24, 70, "float32", False, False),
+    "projected wide": ("favor", 2, 20, 20, 72, 40, "float32", True, False),
     "not causal": ("relu", 4, 37, 70, 20, 20, "float16", False, False),
+    "not causal, documents": ("favor", 2, 37, 37, 16, 40, "float16", False, False),
     "other blocks": ("favor", 2, 37, 44, 24, 70, "float16", True, True),
     "other blocks, not causal": ("squared_relu", 2, 60, 37, 70, 70, "float32", False, True),
 }  # fmt: skip
@@ -48,7 +58,9 @@ OTHER = {
     "rows": Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=48, BLOCK_V=16),
     "rows_projected": Config.of(4, 1, CHUNK=32, BLOCK_M=16, FEATURES=32, BLOCK_V=16),
     "row_gradients": Config.of(4, 1, CHUNK=8, BLOCK_M=16, FEATURES=48),
+    "row_gradients_projected": Config.of(4, 1, CHUNK=16, BLOCK_M=16, FEATURES=32),
     "key_gradients": Config.of(4, 1, CHUNK=8, BLOCK_M=32, FEATURES=64),
+    "key_gradients_projected": Config.of(4, 1, CHUNK=8, BLOCK_M=16, FEATURES=48),
 }
 """Blocks of which none is like another kernel's."""
 
@@ -101,7 +113,7 @@ def judge(
     )
     out, lost, total = launch.forward(run, keep=True)
     grad = torch.randn(out.shape).to(kind)
-    gradients = launch.backward(run, grad, out, lost if lost.numel() else None, total)
+    gradients = launch.backward(run, grad, out, lost if lost.numel() else None, total)[:3]
 
     doubles = [x.double() for x in (q, k, v)]
     others = (
@@ -146,6 +158,103 @@ def judge_decoding() -> list[str]:
             if not error < 1e-5:
                 wrong.append(f"{name}, token {token}: {error:.3g}")
     return wrong
+
+
+def judge_steps() -> list[str]:
+    """Many tokens after a state, in fp64 by torch: outputs, the state after them, and all gradients of both.
+
+    The state's scale is that of small keys, of large ones, or of none.
+    """
+    wrong = []
+    for feature in ("elu", "relu", "squared_relu", "exp", "favor_softmax", "favor_relu"):
+        for length, size in ((1, 1.0), (20, 0.0), (37, 4.0)):
+            wrong += _judge_step(feature, length, size, torch.float32)
+    return wrong + _judge_step("elu", 75, 0.3, torch.float16) + _judge_step("exp", 75, 0.3, torch.float16)
+
+
+def _judge_step(feature: str, length: int, size: float, kind: torch.dtype) -> list[str]:
+    torch.manual_seed(0)
+    # Heads beside the rows, as layers have them, so that no tensor is contiguous.
+    q, k, v = (
+        torch.randn(2, length, heads, width).to(kind).transpose(1, 2)
+        for heads, width in ((4, 16), (2, 16), (2, 24))
+    )
+    past, past_v = torch.randn(2, 2, 30, 16, dtype=torch.float64) * size, torch.randn(2, 2, 30, 24).double()
+    projection = orthogonal_gaussian(40, 16, 0) if feature.startswith("favor") else None
+    valid = torch.rand(2, length) > 0.3
+
+    def phi(x: Tensor) -> Features:
+        return FORMULAS[feature].values(x, None if projection is None else projection.double())
+
+    nothing = torch.zeros(2, 30, dtype=torch.bool) if size == 0.0 else None
+    old, exponent = state_of(*_prepared(phi, past, past_v, nothing))
+    state, scales = old.float(), None if exponent is None else exponent.float()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, state)]
+    before = launches["rows_kernel"]
+    out, _, _, kv, peak = linear_steps._steps(
+        *leaves[:3], valid, leaves[3], scales, projection, feature, 0.7, True
+    )
+    launched = launches["rows_kernel"] > before
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    wanted = composed_step(phi, *exact[:3], valid, 0.7, exact[3], exponent)
+    weights = torch.randn_like(out), torch.randn_like(kv)
+    mine = torch.autograd.grad((out, kv), leaves, weights)
+    theirs = torch.autograd.grad(wanted[:2], exact, [w.double() for w in weights])
+    pairs = {"out": (out, wanted[0]), "kv": (kv, wanted[1])}
+    pairs |= dict(zip(("dq", "dk", "dv", "dkv"), zip(mine, theirs, strict=True), strict=True))
+    wrong = [] if launched else [f"{feature}, {length} tokens: no kernel was launched"]
+    if wanted[2] is not None and not torch.equal(peak.double(), wanted[2]):
+        wrong.append(f"{feature}, {length} tokens: another exponent")
+    for name, (a, b) in pairs.items():
+        unit = torch.finfo(a.dtype).eps * max(b.abs().max().item(), 2.0**-10)
+        # The features of fp16 are multiplied as tf32.
+        units = UNITS[kind] if a.dtype == kind else UNITS[kind] * 2**13
+        error = (a.double() - b).abs().max().item()
+        if not error <= units * unit:
+            wrong.append(f"{feature}, {length} tokens, {name}: {error:.3g}, that is {error / unit:.1f} units")
+    return wrong
+
+
+def judge_documents() -> list[str]:
+    """Documents without causality, from one token to more than spans, against the composed scans in fp64."""
+    wrong, lengths = [], torch.tensor([40, 1, 3, 0, 12, 14])
+    segment = torch.arange(6).repeat_interleave(lengths).expand(2, -1)
+    for feature, dtype, slope in (
+        ("elu", "float32", 0.0),
+        ("squared_relu", "float32", 3.0),
+        ("exp", "float32", -9.0),
+        ("exp", "float16", 9.0),
+        ("favor_softmax", "float32", 3.0),
+    ):
+        torch.manual_seed(0)
+        kind: torch.dtype = getattr(torch, dtype)
+        q, v = torch.randn(2, 4, 70, 16).to(kind), torch.randn(2, 2, 70, 24).to(kind)
+        k = (torch.randn(2, 2, 70, 16) + slope * torch.linspace(0, 1, 70)[:, None]).to(kind)
+        grad, valid = torch.randn(2, 4, 70, 24).to(kind), torch.rand(2, 70) > 0.3
+        projection = orthogonal_gaussian(40, 16, 0) if feature.startswith("favor") else None
+        others = valid, segment, torch.tensor(0), projection, feature, 0.7, False
+        forward = chunked_linear.forward(q, k, v, *others, True)
+        mine = [forward[0], *chunked_linear.backward(grad, q, k, v, *forward, *others)]
+
+        def phi(x: Tensor, feature: str = feature, projection: Tensor | None = projection) -> Features:
+            return FORMULAS[feature].values(x, None if projection is None else projection.double())
+
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        out = composed(phi, *leaves, valid, segment, 0, 0.7, False)
+        theirs = [out, *torch.autograd.grad(out, leaves, grad.double())]
+        for name, a, b in zip(("out", "dq", "dk", "dv"), mine, theirs, strict=True):
+            unit = torch.finfo(kind).eps * max(b.abs().max().item(), 2.0**-10)
+            error = (a.double() - b).abs().max().item()
+            if not error <= UNITS[kind] * unit:
+                wrong.append(f"{feature}, {dtype}, {name}: {error:.3g}, that is {error / unit:.1f} units")
+    return wrong
+
+
+def _prepared(
+    phi: Callable[[Tensor], Features], k: Tensor, v: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    values, exponent = features(phi, k, 1.0, valid)
+    return values, with_ones(v), exponent
 
 
 def judge_far_offsets() -> list[str]:
@@ -202,8 +311,30 @@ def judge_counts() -> list[str]:
         outputs = []
         here = flops(lambda: outputs.append(m(*leaves)))  # noqa: B023
         there = flops(outputs[0].sum().backward)
+        pairs = [("forward", here, declared[0]), ("backward", there, declared[1])]
+        if causal:
+            new = [x[:, :, :length].detach() for x in leaves]
+            state = m.init_state(batch, heads // 2, width, v_head_dim=24, dtype=kind)
+            state.kv.requires_grad_()
+            shape = dataclasses.replace(shape, kv_len=length)
+            declared = linear_counts(m.feature_map, causal, shape, INTERPRETER)
+            here = flops(lambda: outputs.append(m.step(*new, state)[0]))  # noqa: B023
+            there = flops(outputs[1].sum().backward)
+            pairs += [("step", here, declared[0]), ("backward of a step", there, declared[1])]
+        elif length == num_keys:
+            documents = torch.arange(length).expand(batch, -1) // 9
+            walked = dataclasses.replace(
+                sizes(m.feature_map, True, shape, INTERPRETER), both_ways=True, is_causal=True
+            )
+            declared = (
+                counts.forward(walked, min(4, kind.itemsize)),
+                counts.backward(walked, min(4, kind.itemsize)),
+            )
+            here = flops(lambda: outputs.append(m(*leaves, segment_ids=documents)))  # noqa: B023
+            there = flops(outputs[1].sum().backward)
+            pairs += [("documents", here, declared[0]), ("backward of documents", there, declared[1])]
         TABLE.update(configs)
-        for what, a, b in (("forward", here, declared[0]), ("backward", there, declared[1])):
+        for what, a, b in pairs:
             if a != sum(b.values()):
                 wrong.append(f"{name}, {what}: {a} are done, {sum(b.values())} declared, {dict(b)}")
     InterpreterBuilder.create_dot = multiply
@@ -215,6 +346,7 @@ if __name__ == "__main__":
     hasten_and_count()
     results = {name: judge(**options) for name, options in json.loads(sys.argv[1]).items()}
     results |= {
-        "decoding": judge_decoding(), "far offsets": judge_far_offsets(), "counts": judge_counts(),
+        "decoding": judge_decoding(), "steps": judge_steps(), "documents": judge_documents(),
+        "far offsets": judge_far_offsets(), "counts": judge_counts(),
     }  # fmt: skip
     print(json.dumps(results))

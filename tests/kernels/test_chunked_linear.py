@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from efficient_attn import LinearAttention, PerformerAttention, Shape
 from efficient_attn.feature_maps import formula_of
-from efficient_attn.ops.chunked_linear import chunked_linear
+from efficient_attn.ops import linear_steps
+from efficient_attn.ops.chunked_linear import chunked_linear, refuse
 from efficient_attn.ops.costs import register_flop_formulas
 
 from .test_laws_interpreted import interpreted
@@ -35,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "exponents that rise": {"feature": "exp", "length": 70, "slope": 3.0},
     "exponents that fall": {"feature": "exp", "length": 70, "slope": -3.0},
     "several launches": {"feature": "favor_softmax", "length": 37, "size": 70},
+    "projections of wide heads": {"feature": "favor_softmax", "length": 20, "width": 100, "size": 40, "heads": 4},
+    "wide heads, documents": {"feature": "favor_relu", "length": 20, "width": 128, "size": 20, "segments": True},
     "several launches, documents": {"feature": "favor_softmax", "length": 40, "size": 40, "segments": True},
     "several launches of columns": {"feature": "squared_relu", "length": 37, "width": 40},
     "one width, not causal": {"feature": "favor_relu", "length": 21, "num_keys": 45, "size": 20, "causal": False},
@@ -67,6 +70,16 @@ def test_decoding_equals_the_state_by_torch(judged: dict[str, Any]) -> None:
     assert judged["decoding"] == []
 
 
+def test_steps_of_many_tokens_equal_the_state_by_torch(judged: dict[str, Any]) -> None:
+    """Outputs, states and the gradients of both, by the chunked kernels, which are launched."""
+    assert judged["steps"] == []
+
+
+def test_documents_without_causality_equal_the_scans_by_torch(judged: dict[str, Any]) -> None:
+    """Of one token and of several spans, with exponents that differ much."""
+    assert judged["documents"] == []
+
+
 def test_the_offset_bound_is_that_of_rounding(judged: dict[str, Any]) -> None:
     """Positions far outside, as moving offsets may be, give what the nearest one that matters gives."""
     assert judged["far offsets"] == []
@@ -93,6 +106,40 @@ def test_torch_counts_what_is_declared() -> None:
         assert counted == (flops.forward, flops.backward)
 
 
+def test_torch_counts_both_walks_of_documents() -> None:
+    """Without causality documents take twice what they take with it, random features' exponents excepted."""
+    register_flop_formulas()
+    q, k, v = (
+        torch.empty(2, 2, 300, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in "qkv"
+    )
+    segment, counted = torch.empty(2, 300, dtype=torch.int64, device="meta"), []
+    for is_causal in (True, False):
+        with FlopCounterMode(display=False) as mode:
+            out, *_ = chunked_linear(q, k, v, None, segment, torch.tensor(0), None, "elu", 1.0, is_causal)
+            out.sum().backward()
+        counted.append(mode.get_total_flops())
+    assert counted[1] == 2 * counted[0] > 0
+
+
+def test_torch_counts_what_is_declared_of_steps() -> None:
+    """Of 300 tokens after a state that somebody differentiates."""
+    register_flop_formulas()
+    m = PerformerAttention(40, num_features=70, is_causal=True)
+    sizes = ((4, 300, 40), (2, 300, 40), (2, 300, 24))
+    q, k, v = (torch.empty(2, *x, dtype=torch.bfloat16, device="meta", requires_grad=True) for x in sizes)
+    kv = torch.empty(2, 2, 70, 25, device="meta", requires_grad=True)
+    projection, exponent = m.feature_map.projection.to("meta"), torch.empty(2, 2, device="meta")
+    with FlopCounterMode(display=False) as forward:
+        out, _, _, after, _ = linear_steps._steps(
+            q, k, v, None, kv, exponent, projection, "favor_softmax", 1.0, True
+        )
+    with FlopCounterMode(display=False) as backward:
+        (out.sum() + after.sum()).backward()
+    shape = Shape(2, 4, 300, 700, 40, num_kv_heads=2, v_head_dim=24, dtype=torch.bfloat16)
+    flops = m.cost(shape, training=True, phase="decode", basis="torch", backend="triton").flops
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (flops.forward, flops.backward)
+
+
 @pytest.mark.parametrize(("features", "width", "values"), [(70, 20, 40), (64, 64, 32)])
 def test_costs_of_a_step_are_those_of_its_programs(features: int, width: int, values: int) -> None:
     """By a walk over the grid: two queries' features and keys', a state's columns and their reading."""
@@ -107,6 +154,16 @@ def test_costs_of_a_step_are_those_of_its_programs(features: int, width: int, va
     shape = Shape(2, 4, 1, 99, width, num_kv_heads=2, v_head_dim=values, dtype=torch.bfloat16)
     cost = m.cost(shape, phase="decode", basis="hardware", backend="triton")
     assert cost.flops.total == sum(cost.terms.values()) == walked
+
+
+@pytest.mark.parametrize("width", [128, 129])
+def test_random_features_of_the_widest_heads_are_refused(width: int) -> None:
+    """In words that name both sizes; up to 128 the head size is no reason."""
+    m = PerformerAttention(width, num_features=16, is_causal=True)
+    x = torch.zeros(1, 1, 4, width)
+    reasons = refuse(m._problem(x, x, x, None, None, None, None))
+    said = [reason for reason in reasons if "random features" in reason]
+    assert ["up to 128, not 129" in reason for reason in said] == [True] * (width > 128)
 
 
 def test_costs_of_foreign_maps_are_refused() -> None:

@@ -109,3 +109,26 @@ def test_what_may_not_use_tensor_cores_need_not() -> None:
     assert a_product().needs_tensor_cores
     assert not exact.needs_tensor_cores and not few.needs_tensor_cores
     assert screen(few).faults == ()
+
+
+def test_every_option_is_screened_on_hopper() -> None:
+    """Documents, padding, grouped heads and fp32 ask for registers of their own."""
+    hopper = [v for v in of_this_machine() if v.arch == 90 and v.has_dot]
+    for name in ("rows_kernel", "row_gradients_kernel", "key_gradients_kernel", "key_states_kernel"):
+        laden = [v for v in hopper if v.name == name and {"valid", "segment"} <= {*v.signature}]
+        assert {v.element for v in laden} == {"bf16", "fp16", "fp32"}, name
+        assert all(v.constexprs.get("GROUPS", 4) > 1 for v in laden), name
+    for name in ("forward_kernel", "dq_kernel", "dkdv_kernel"):
+        assert any(v.name == name and v.element == "fp32" for v in hopper), name
+
+
+def test_known_spills_are_a_bound() -> None:
+    """More than what is known is a fault, and nothing in half precision is known to spill."""
+    wide = dataclasses.replace(
+        a_product(), constexprs={"BLOCK": 128, "COLUMNS": 256}, num_warps=4, num_stages=1
+    )
+    spilt = screen(wide).spills
+    assert screen(dataclasses.replace(wide, known_spills=spilt)).faults == ()
+    faults = screen(dataclasses.replace(wide, known_spills=spilt - 1)).faults
+    assert any(f"{spilt - 1} are known" in fault for fault in faults)
+    assert [v for v in of_this_machine() if v.known_spills and v.element == "bf16"] == []

@@ -227,7 +227,7 @@ COMPOSITION = (
     ),
     Mutant(
         COMPOSED,
-        "peak = -running_maximum(running_maximum(exponent, segment).flip(2), segment.flip(1)).flip(2)",
+        "peak = -maximum_of_segment(exponent, segment)",
         "peak = -running_maximum(exponent, segment)",
         "non-causal documents are scaled by the keys so far, not by all",
     ),
@@ -257,14 +257,14 @@ DOCUMENTS = (
     ),
     Mutant(
         LINEAR,
-        "features(p.feature_map, p.k, 1.0, p.key_mask)",
-        "features(p.feature_map, p.k, 1.0, None)",
+        "p.v, p.key_mask, _query_scale(p), kv, peak)",
+        "p.v, None, _query_scale(p), kv, peak)",
         "a step ignores its key_mask",
     ),
     Mutant(
-        LINEAR,
-        "read(q, after[0]) if q.shape[3] == 1",
-        "read(q, after[0]) if q.shape[3] <= 2",
+        COMPOSED,
+        "one = query.shape[3] == 1",
+        "one = query.shape[3] <= 2",
         "of two new tokens, the first sees the second",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""The configs of the block-sparse kernels. Those of sm_90 for 16-bit inputs of head sizes up to 128 spill nothing."""
+"""The configs of the block-sparse kernels. Those of sm_90 for head sizes up to 128 spill nothing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,15 @@ _STRIDED: dict[str, dict[int, dict[int, _Row]]] = {
 }
 
 # fp32 is multiplied without tensor cores, from registers: small blocks, the same everywhere.
-_SINGLE: dict[int, _Row] = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
+_SINGLE: dict[int, _Row] = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 4, 1)}
+
+# Smaller ones where a sum that was begun elsewhere, or a draw, takes registers as well.
+_SMALL_SINGLE: dict[str, dict[int, _Row]] = {
+    "table_forward": {64: (16, 32, 4, 1), 128: (16, 16, 8, 1)},
+    "table_dkdv": {128: (16, 32, 4, 1)},
+    "strided_forward": {128: (16, 16, 8, 1)},
+    "dropout_dkdv": {128: (16, 16, 4, 1)},
+}
 
 
 def _config(row: _Row) -> Config:
@@ -73,16 +81,17 @@ def _config(row: _Row) -> Config:
     return Config.of(num_warps, num_stages, BLOCK_Q=block_q, BLOCK_K=block_k)
 
 
-def _entries(half: dict[int, dict[int, _Row]]) -> dict[Key, Config]:
+def _entries(name: str, half: dict[int, dict[int, _Row]]) -> dict[Key, Config]:
     tiny = {
         (INTERPRETER, itemsize, size): _config((16, 32, 4, 1)) for itemsize in (2, 4, 8) for size in SIZES
     }
-    single = {(a, 4, size): _config(_SINGLE[size]) for a in ARCHITECTURES for size in SIZES}
+    rows = _SINGLE | _SMALL_SINGLE.get(name, {})
+    single = {(a, 4, size): _config(rows[size]) for a in ARCHITECTURES for size in SIZES}
     return tiny | single | {(a, 2, size): _config(half[a][size]) for a in ARCHITECTURES for size in SIZES}
 
 
 CONFIGS: Table = {
-    f"{walk}_{kernel}": _entries(half)
+    f"{walk}_{kernel}": _entries(f"{walk}_{kernel}", half)
     for walk, configs in (("band", _BAND), ("table", _TABLE), ("strided", _STRIDED), ("dropout", _DROPOUT))
     for kernel, half in configs.items()
 }

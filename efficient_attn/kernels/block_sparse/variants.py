@@ -58,6 +58,11 @@ def _walking() -> Iterator[Variant]:
                     if not (features.get("SINKS") and kernel == "dkdv"):
                         yield _variant(name, kernel, architecture, 2, size, features)
         yield _variant(name, kernel, 86, 4, 128, _FEATURES[walk][-1])
+        # Of the options the heaviest; the blocks of smaller heads are those of larger ones, or smaller.
+        heaviest = _FEATURES[walk][-2 if name == "band_dkdv" else -1]
+        yield _variant(name, kernel, 90, 4, 128, heaviest)
+        if name == "table_forward":
+            yield _variant(name, kernel, 90, 4, 64, heaviest)
 
 
 def _variant(

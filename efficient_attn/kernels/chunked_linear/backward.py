@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import features, load_input, pulled_back, through_projection
+from .features import features, numbers, pulled_back, through_projection
 from .forward import hide, load_state
 from .products import (
     as_given,
@@ -124,6 +124,7 @@ def row_gradients_kernel(
     first_feature,
     GROUPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     FEATURE: tl.constexpr,
@@ -213,7 +214,7 @@ def row_gradients_kernel(
                 )
             pairs = tl.zeros((CHUNK, CHUNK), tl.float32) + w[None, :]
             pairs = product(value, tl.trans(gradient), pairs, PRECISION)
-            pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+            pairs = hide(pairs, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT)
             seen = operand(pairs * share[None, :], PRECISION)
 
         projected = tl.zeros((CHUNK, BLOCK_X), tl.float32)
@@ -224,8 +225,10 @@ def row_gradients_kernel(
             d = product_split(kv, tl.trans(gradient), tl.zeros((BLOCK_M, CHUNK), tl.float32), PRECISION)
             d = (d + z[:, None] * w[None, :]) * row_factor[None, :]
             if IS_CAUSAL:
-                y = load_input(k, position, k_row, num_keys, feature, FEATURE, E, BLOCK_X)
-                phi = features(y, moved, alive, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
+                y = numbers(
+                    k, position, k_row, num_keys, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION
+                )
+                phi = features(y, moved, alive, feature, FEATURE, M)
                 phi_k = operand(phi, PRECISION)
                 d = product(tl.trans(phi_k), seen, d, PRECISION)
                 if HAS_EXPONENT or HAS_SEGMENT:
@@ -235,9 +238,9 @@ def row_gradients_kernel(
                 kv = product(tl.trans(phi_k), value, kv, PRECISION)
                 z += tl.sum(phi_k.to(tl.float32), 0)
             after += ((kv, z),)
-            x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(x, row_moved, None, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
-            h = pulled_back(x, phi, tl.trans(d), row_moved, scale, FEATURE)
+            x = numbers(q, rows, q_row, length, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            phi = features(x, row_moved, None, feature, FEATURE, M)
+            h = pulled_back(x, phi, tl.trans(d), row_moved, FEATURE)
             if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
                 # What |x|^2 adds is nothing: a row's outputs do not depend on the scale of its features.
                 projected = through_projection(

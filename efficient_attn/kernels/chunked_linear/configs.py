@@ -14,11 +14,19 @@ LONGEST_SPAN, SHORTEST_SPAN = 4096, 256
 PROGRAMS = 1024
 """Spans are as long as leaves at least that many programs."""
 
-LARGEST_PROJECTED = 64
-"""The largest head size whose random features are computed in registers without spilling."""
+LARGEST_PROJECTED = 128
+"""The largest head size whose random features are computed in registers; in bf16 without spilling."""
+
+COLUMNS = 32
+"""Columns of a head that are projected onto random features at once."""
 
 DECODE_BLOCKS = 64, 32
 """Features, and columns of values, that are read at once for one new token."""
+
+
+def named(kernel: str, projected: bool) -> str:
+    """The entry of TABLE for a kernel: walks have one of their own for random features, which they project."""
+    return f"{kernel}_projected" if projected and f"{kernel}_projected" in TABLE else kernel
 
 
 def padded(size: int) -> int:
@@ -88,8 +96,8 @@ TABLE: dict[str, dict[Key, Config]] = {
         _INTERPRETED,
         _alike(
             {
-                64: Config.of(4, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
-                128: Config.of(4, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
+                64: Config.of(8, 2, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
+                128: Config.of(8, 1, CHUNK=64, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
                 256: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64, BLOCK_V=64),
             },
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
@@ -102,8 +110,16 @@ TABLE: dict[str, dict[Key, Config]] = {
     "rows_projected": _everywhere(
         _INTERPRETED,
         _alike(
-            {size: Config.of(4, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
+            {
+                64: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64),
+                128: Config.of(8, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64),
+                256: Config.of(4, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64),
+            },
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32, BLOCK_V=64) for size in (64, 128, 256)},
+            {
+                arch: {64: Config.of(4, 1, CHUNK=32, BLOCK_M=32, FEATURES=32, BLOCK_V=64)}
+                for arch in (80, 86, 100)
+            },
         ),
     ),
     "row_gradients": _everywhere(
@@ -117,15 +133,41 @@ TABLE: dict[str, dict[Key, Config]] = {
             {size: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64) for size in (64, 128, 256)},
         ),
     ),
+    "row_gradients_projected": _everywhere(
+        Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+        _alike(
+            {
+                64: Config.of(4, 1, CHUNK=32, BLOCK_M=64, FEATURES=64),
+                128: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+                256: Config.of(8, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+            },
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16) for size in (64, 128, 256)},
+        ),
+    ),
     "key_gradients": _everywhere(
         Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
         _alike(
             {
-                64: Config.of(4, 1, CHUNK=16, BLOCK_M=64, FEATURES=64),
+                64: Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
                 128: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
                 256: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
             },
-            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32) for size in (64, 128, 256)},
+            {size: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16) for size in (64, 128, 256)},
+        ),
+    ),
+    "key_gradients_projected": _everywhere(
+        Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+        _alike(
+            {
+                64: Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+                128: Config.of(4, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+                256: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16),
+            },
+            {
+                64: Config.of(8, 1, CHUNK=16, BLOCK_M=32, FEATURES=32),
+                128: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16),
+                256: Config.of(8, 1, CHUNK=16, BLOCK_M=16, FEATURES=16),
+            },
         ),
     ),
 }

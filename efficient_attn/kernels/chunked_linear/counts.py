@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..configs import INTERPRETER, Config, size_class
-from .configs import DECODE_BLOCKS, TABLE, padded, span_of
+from .configs import COLUMNS, DECODE_BLOCKS, TABLE, named, padded, span_of
 
 AGAIN = ("features", "state", "scores")
 """Of a backward pass, what the forward pass has computed before."""
@@ -37,6 +37,8 @@ class Sizes:
     itemsize: int = 2
     """Bytes of an operand: 2 in bf16; fp16 is multiplied as tf32, 4."""
     architecture: int = 90
+    both_ways: bool = False
+    """Whether there are walks in both directions: of documents without causality, as if there were some."""
 
     def __post_init__(self) -> None:
         if 0 in (self.batch, self.length, self.num_keys, self.values):
@@ -57,7 +59,7 @@ class Sizes:
 
     def config(self, kernel: str) -> Config:
         key = self.architecture, self.itemsize, size_class(min(256, max(self.width, self.values)))
-        return TABLE[kernel][key]
+        return TABLE[named(kernel, self.projected)][key]
 
     def blocks(self, config: Config) -> tuple[int, int]:
         """The width of a block of features, and of all columns of values."""
@@ -84,7 +86,9 @@ class Sizes:
 
     def projection(self, chunk: int, block: int) -> int:
         """The projections of a chunk onto a block of features."""
-        return (1 + self.halves) * 2 * chunk * block * padded(self.width) if self.projected else 0
+        columns = min(padded(self.width), COLUMNS)
+        width = -(-self.width // columns) * columns
+        return (1 + self.halves) * 2 * chunk * block * width if self.projected else 0
 
     def split(self, *sizes: int) -> int:
         """A product with a state."""
@@ -128,7 +132,7 @@ def key_states(s: Sizes) -> Counter[str]:
 
 def rows(s: Sizes) -> Counter[str]:
     """The outputs."""
-    config = s.config("rows_projected" if s.projected else "rows")
+    config = s.config("rows")
     chunk, block = config["CHUNK"], s.blocks(config)[0]
     column, columns = s.column_blocks(config)
     chunks = s.batch * s.heads * columns * s.row_chunks(chunk)
@@ -196,15 +200,15 @@ def forward(s: Sizes, exponent_itemsize: int = 2) -> Counter[str]:
     """FLOPs of a forward pass by what they are for; exponents are cut by the bytes of an input."""
     if s.batch == 0:
         return Counter()
-    return exponents(s, exponent_itemsize) + key_states(s) + rows(s)
+    return exponents(s, exponent_itemsize) + _times(key_states(s) + rows(s), 1 + s.both_ways)
 
 
 def backward(s: Sizes, exponent_itemsize: int = 2) -> Counter[str]:
     """FLOPs of a backward pass; those in AGAIN are recomputation."""
     if s.batch == 0:
         return Counter()
-    walks = row_gradients(s) + row_states(s) + key_gradients(s)
-    return exponents(s, exponent_itemsize) + key_states(s) + walks
+    walks = key_states(s) + row_gradients(s) + row_states(s) + key_gradients(s)
+    return exponents(s, exponent_itemsize) + _times(walks, 1 + s.both_ways)
 
 
 def step(s: Sizes) -> Counter[str]:
@@ -228,7 +232,7 @@ def workspace(s: Sizes, training: bool) -> int:
     numbers = s.batch * s.kv_heads * spans * s.features * (s.values + 1)
     numbers += (s.rows + 3 * s.keys) * s.has_exponent + s.rows * training
     parts = 0
-    if len(s.launches(s.config("rows_projected" if s.projected else "rows"))) > 1:
+    if len(s.launches(s.config("rows"))) > 1:
         parts = s.rows * (s.values + 1)
     if training and len(s.launches(s.config("row_gradients"))) > 1:
         parts = max(parts, s.rows * s.width)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .configs import COLUMNS
 from .products import as_given, load_rows, operand, product
 
 NOTHING = tl.constexpr(-(2.0**100))
@@ -17,11 +18,15 @@ NOTHING = tl.constexpr(-(2.0**100))
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(60)
+_COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
 def _projected(
     x,
+    rows,
+    stride,
+    length,
     projection,
     feature,
     scale,
@@ -30,32 +35,28 @@ def _projected(
     BLOCK_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """scale x E^(-1/4) times the rows `feature` of the projection: (1, M, E), or its high and low halves (2, M, E)."""
-    x, column = as_given(x, PRECISION), tl.arange(0, BLOCK_X)
-    y = tl.zeros((x.shape[0], feature.shape[0]), tl.float32)
-    y = product(x, tl.trans(load_rows(projection, feature, column, E, M, E)), y, PRECISION)
-    if PRECISION != "ieee":
-        low = load_rows(projection + M * E, feature, column, E, M, E)
-        y = product(x, tl.trans(low), y, PRECISION)
+    """scale x E^(-1/4) times the rows `feature` of the projection: (1, M, E), or its high and low halves (2, M, E).
+
+    Wide heads go in blocks of columns, by a loop that is not unrolled: whole, they would not fit into registers.
+    """
+    BLOCK: tl.constexpr = BLOCK_X if BLOCK_X < _COLUMNS else _COLUMNS
+    y = tl.zeros((rows.shape[0], feature.shape[0]), tl.float32)
+    for first in range(0, E, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        tile = as_given(load_rows(x, rows, column, stride, length, E), PRECISION)
+        y = product(tile, tl.trans(load_rows(projection, feature, column, E, M, E)), y, PRECISION)
+        if PRECISION != "ieee":
+            low = load_rows(projection + M * E, feature, column, E, M, E)
+            y = product(tile, tl.trans(low), y, PRECISION)
     return y * (scale * E**-0.25)
 
 
 @triton.jit
-def load_input(
-    x, rows, stride, length, feature, FEATURE: tl.constexpr, E: tl.constexpr, BLOCK_X: tl.constexpr
-):
-    """What the features `feature` of these rows are made of: (rows, BLOCK_X), or one column a feature."""
-    if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
-        return load_rows(x, rows, tl.arange(0, BLOCK_X), stride, length, E)
-    else:
-        return load_rows(x, rows, feature, stride, length, E)
-
-
-@triton.jit
-def features(
+def numbers(
     x,
-    shift,
-    alive,
+    rows,
+    stride,
+    length,
     projection,
     feature,
     scale,
@@ -65,11 +66,16 @@ def features(
     BLOCK_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The values of phi(scale x) in fp32, zero for features that do not exist and, if it is given, where not alive."""
+    """What the features `feature` of these rows of x are functions of, one number each: inputs, or projections."""
     if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
-        y = _projected(x, projection, feature, scale, E, M, BLOCK_X, PRECISION)
+        return _projected(x, rows, stride, length, projection, feature, scale, E, M, BLOCK_X, PRECISION)
     else:
-        y = x.to(tl.float32) * scale
+        return load_rows(x, rows, feature, stride, length, E).to(tl.float32) * scale
+
+
+@triton.jit
+def features(y, shift, alive, feature, FEATURE: tl.constexpr, M: tl.constexpr):
+    """The values of phi of `numbers`, zero for features that do not exist and, if it is given, where not alive."""
     phi = values_of(y, shift[:, None], FEATURE, M)
     if ((feature.shape[0] - 1) & M) != 0:
         phi = tl.where((feature < M)[None, :], phi, 0.0)
@@ -114,15 +120,14 @@ def exponent_of(largest, square, FEATURE: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def pulled_back(x, phi, grad, shift, scale, FEATURE: tl.constexpr):
-    """The gradient of scale x for maps without a projection; of what is projected, for those with one."""
+def pulled_back(y, phi, grad, shift, FEATURE: tl.constexpr):
+    """The gradient of `numbers`."""
     if FEATURE == "elu":
         return grad * tl.minimum(phi, 1.0)
     elif FEATURE == "relu" or FEATURE == "favor_relu":
         return tl.where(phi > 0, grad, 0.0)
     elif FEATURE == "squared_relu":
         unit = tl.exp2(-shift)[:, None]
-        y = x.to(tl.float32) * scale
         return grad * (2 * tl.maximum(y, 0.0) * unit) * unit
     else:
         return grad * phi
@@ -178,15 +183,13 @@ def exponents_kernel(
     x += batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head
     largest = tl.full((CHUNK,), -float("inf"), tl.float32)
     square = tl.zeros((CHUNK,), tl.float32)
+    if FEATURE == "favor_softmax":
+        tile = load_rows(x, rows, tl.arange(0, BLOCK_X), x_row, length, E)
+        z = tile.to(tl.float32) * (scale * E**-0.25)
+        square = tl.sum(z * z, 1) / 2
     for first in range(0, M, BLOCK_M):
         feature = first + tl.arange(0, BLOCK_M)
-        tile = load_input(x, rows, x_row, length, feature, FEATURE, E, BLOCK_X)
-        if FEATURE == "favor_softmax":
-            y = _projected(tile, projection, feature, scale, E, M, BLOCK_X, PRECISION)
-            z = tile.to(tl.float32) * (scale * E**-0.25)
-            square = tl.sum(z * z, 1) / 2
-        else:
-            y = tile.to(tl.float32) * scale
+        y = numbers(x, rows, x_row, length, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
         if M % BLOCK_M != 0:
             y = tl.where((feature < M)[None, :], y, -float("inf"))
         largest = tl.maximum(largest, tl.max(y, 1))

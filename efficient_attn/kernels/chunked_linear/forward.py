@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import features, load_input
+from .features import features, numbers
 from .products import (
     as_given,
     load_nearest,
@@ -28,9 +28,24 @@ def load_state(states, feature, column, EV: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def hide(pairs, position, own, peak, segment, HAS_EXPONENT: tl.constexpr, HAS_SEGMENT: tl.constexpr):
-    """pairs (keys, rows) with the keys' weights, zero where the key comes after the row or in another segment."""
-    seen = position[:, None] <= position[None, :]
+def hide(
+    pairs,
+    position,
+    own,
+    peak,
+    segment,
+    STRICT: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr,
+):
+    """pairs (keys, rows) with the keys' weights, zero where the key comes after the row or in another segment.
+
+    If STRICT, a row does not see the key at its own position either.
+    """
+    if STRICT:
+        seen = position[:, None] < position[None, :]
+    else:
+        seen = position[:, None] <= position[None, :]
     if HAS_SEGMENT:
         seen = seen & (segment[:, None] == segment[None, :])
     if HAS_EXPONENT:
@@ -77,6 +92,7 @@ def rows_kernel(
     first_feature,
     GROUPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     FEATURE: tl.constexpr,
@@ -176,16 +192,16 @@ def rows_kernel(
         for block in tl.static_range(NUM_BLOCKS):
             kv, z = before[block]
             feature = first_feature + block * BLOCK_M + tl.arange(0, BLOCK_M)
-            x = load_input(q, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(
-                x, row_moved, inside, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
-            )
+            x = numbers(q, rows, q_row, length, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            phi = features(x, row_moved, inside, feature, FEATURE, M)
             phi_q = operand(phi, PRECISION)
             sums = product_split(kv, tl.trans(phi_q), sums, PRECISION)
             weights += tl.sum(phi_q.to(tl.float32) * z[None, :], 1)
             if IS_CAUSAL:
-                y = load_input(k, position, k_row, num_keys, feature, FEATURE, E, BLOCK_X)
-                phi = features(y, moved, alive, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
+                y = numbers(
+                    k, position, k_row, num_keys, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION
+                )
+                phi = features(y, moved, alive, feature, FEATURE, M)
                 phi_k = operand(phi, PRECISION)
                 pairs = product(phi_k, tl.trans(phi_q), pairs, PRECISION)
                 if HAS_EXPONENT or HAS_SEGMENT:
@@ -200,7 +216,7 @@ def rows_kernel(
             sums *= row_factor[None, :]
             weights *= row_factor
         if IS_CAUSAL:
-            pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+            pairs = hide(pairs, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT)
             seen = operand(pairs, PRECISION)
             sums = product(tl.trans(value), seen, sums, PRECISION)
             weights += tl.sum(seen.to(tl.float32), 0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .backward import finish
-from .features import features, load_input, pulled_back, through_projection
+from .features import features, numbers, pulled_back, through_projection
 from .forward import hide, load_state
 from .products import (
     as_given,
@@ -65,6 +65,7 @@ def key_gradients_kernel(
     first_feature,
     GROUPS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     FEATURE: tl.constexpr,
@@ -166,8 +167,10 @@ def key_gradients_kernel(
         for block in tl.static_range(NUM_BLOCKS):
             kv, z = later[block]
             feature = first_feature + block * BLOCK_M + tl.arange(0, BLOCK_M)
-            y = load_input(k, position, k_row, num_keys, feature, FEATURE, E, BLOCK_X)
-            phi = features(y, moved, alive, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
+            y = numbers(
+                k, position, k_row, num_keys, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION
+            )
+            phi = features(y, moved, alive, feature, FEATURE, M)
             phi_k = operand(phi, PRECISION)
             read = product_split(kv, tl.trans(phi_k), tl.zeros((BLOCK_V, CHUNK), tl.float32), PRECISION)
             d_value += read * key_factor[None, :]
@@ -190,20 +193,25 @@ def key_gradients_kernel(
                     if exponent is not None:
                         row_moved = load_numbers(row_shift + at_rows, rows, length, 0.0)
                     gradient = as_given(load_rows(g_here, rows, column, g_row, length, EV), PRECISION)
-                    x = load_input(q_here, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-                    psi = features(
-                        x, row_moved, None, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
-                    )
+                    x = numbers(
+                        q_here, rows, q_row, length, projection, feature, scale,
+                        FEATURE, E, M, BLOCK_X, PRECISION,
+                    )  # fmt: skip
+                    psi = features(x, row_moved, None, feature, FEATURE, M)
                     psi *= share[:, None]
                     phi_q = operand(psi, PRECISION)
 
                     pairs = tl.zeros((CHUNK, CHUNK), tl.float32) + w[None, :]
                     pairs = product(value, tl.trans(gradient), pairs, PRECISION)
-                    pairs = hide(pairs, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+                    pairs = hide(
+                        pairs, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT
+                    )
                     d = product(operand(pairs, PRECISION), phi_q, d, PRECISION)
                     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
                     scores = product(phi_k, tl.trans(phi_q), scores, PRECISION)
-                    scores = hide(scores, position, own, row_peak, own_segment, HAS_EXPONENT, HAS_SEGMENT)
+                    scores = hide(
+                        scores, position, own, row_peak, own_segment, STRICT, HAS_EXPONENT, HAS_SEGMENT
+                    )
                     seen = tl.trans(operand(scores, PRECISION))
                     d_value = product(tl.trans(gradient), seen, d_value, PRECISION)
                     if HAS_EXPONENT or HAS_SEGMENT:
@@ -211,7 +219,7 @@ def key_gradients_kernel(
                     kv = product(tl.trans(gradient), phi_q, kv, PRECISION)
                     z += tl.sum(phi_q.to(tl.float32) * w[:, None], 0)
             earlier += ((kv, z),)
-            h = pulled_back(y, phi, tl.where(alive[:, None], d, 0.0), moved, 1.0, FEATURE)
+            h = pulled_back(y, phi, tl.where(alive[:, None], d, 0.0), moved, FEATURE)
             if FEATURE == "favor_softmax" or FEATURE == "favor_relu":
                 projected = through_projection(
                     projected, h, projection, feature, FEATURE, E, M, BLOCK_X, PRECISION

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..configs import INTERPRETER, Config, architecture_of, lookup
 from .backward import delta_kernel, row_gradients_kernel
-from .configs import TABLE, ceil_div, padded, span_of
+from .configs import TABLE, ceil_div, named, padded, span_of
 from .features import exponents_kernel
 from .forward import rows_kernel
 from .key_gradients import key_gradients_kernel
@@ -39,6 +39,12 @@ def _rounded(x: Tensor, precision: str) -> Tensor:
     if precision == "tf32":
         return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return x.to(torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def _numbered(segment: Tensor) -> Tensor:
+    """Segments (B, S) by their number in each row, in 32 bits, which take half of the registers."""
+    begins = torch.nn.functional.pad(segment[:, 1:] != segment[:, :-1], (1, 0))
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -80,13 +86,17 @@ class Pass:
         scale: float,
         is_causal: bool,
         precision: str | None = None,
+        before: Tensor | None = None,
     ) -> None:
+        """`before` is the state (B, Hkv, M, Ev + 1) of earlier keys, in the unit of the first `peak`."""
+        self.before = before
+        self.walk = {"IS_CAUSAL": is_causal, "STRICT": False}
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
         self.batch, self.heads, self.length, width = q.shape
         self.kv_heads, self.num_keys, self.values = v.shape[1:]
         self.groups = self.heads // self.kv_heads
         self.valid = None if valid is None else valid.contiguous().view(torch.int8)
-        self.segment = segment.contiguous() if segment is not None and is_causal else None
+        self.segment = _numbered(segment) if segment is not None and is_causal else None
         self.projection = halves(projection, precision or precision_of(q.dtype))
         self.exponents, self.scale, self.is_causal = exponents, scale, is_causal
         self.size = width if projection is None else projection.shape[0]
@@ -111,7 +121,7 @@ class Pass:
         self.row_spans = ceil_div(start + self.length, self.span)
 
     def config(self, kernel: str) -> Config:
-        return lookup(TABLE, kernel, *self._key)
+        return lookup(TABLE, named(kernel, self.projection is not None), *self._key)
 
     def blocks(self, config: Config) -> dict[str, int]:
         """The constants of a config, no wider than the tensors need."""
@@ -151,11 +161,14 @@ class Pass:
             self.kv_heads, self.num_keys, self.span, self.key_spans, **self.shapes, **blocks,
         )  # fmt: skip
         position = torch.arange(self.key_spans + 1, device=self.q.device) * self.span - 1
-        self._sum_up(states, position, False)
+        self._sum_up(states, position, False, self.before)
         return states
 
-    def row_states(self, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
-        """Slot t holds the sum of the rows of span t and all later ones, spans counted from the first row's."""
+    def row_states(self, grad: Tensor, total: Tensor, delta: Tensor, after: Tensor | None = None) -> Tensor:
+        """Slot t holds the sum of the rows of span t and all later ones, spans counted from the first row's.
+
+        `after`, in the unit of the last `peak`, is the gradient of the state after all keys: of later rows, as it were.
+        """
         states = self._new_states(self.row_spans)
         config = self.config("states")
         blocks = self.blocks(config)
@@ -174,8 +187,12 @@ class Pass:
             clamped = clamped.clamp(-self.length, self.num_keys)
         elif self.is_causal:
             clamped = min(max(clamped, -self.length), self.num_keys)
-        self._sum_up(states, (clamped // self.span + number) * self.span, True)
+        self._sum_up(states, (clamped // self.span + number) * self.span, True, after)
         return states
+
+    def state_of(self, states: Tensor, slot: int) -> Tensor:
+        """One slot as (B, Hkv, M, Ev + 1)."""
+        return states[:, slot].view(self.batch, self.kv_heads, self.values + 1, self.size).mT
 
     def part(self, gradient: Tensor, parts: list[dict[str, Any]]) -> Tensor | None:
         """Where launches that are several add up a gradient."""
@@ -195,13 +212,24 @@ class Pass:
             ceil_div(self.values, blocks["BLOCK_V"]),
         )
 
-    def _sum_up(self, states: Tensor, position: Tensor, reverse: bool) -> None:
-        """Running sums over slots, whose units are those at `position`."""
+    def _sum_up(self, states: Tensor, position: Tensor, reverse: bool, first: Tensor | None) -> None:
+        """Running sums over slots, whose units are those at `position`, from the state `first` on."""
+        if first is not None:
+            self.state_of(states, -1 if reverse else 0).copy_(first)
         factors = self._factors(position, reverse) if self.is_causal else None
         block = 32 if architecture_of(self.q.device) == INTERPRETER else 512
         slots, size = states.shape[1:]
         grid = len(states), ceil_div(size, block)
-        running_sum_kernel[grid](states, factors, slots, SIZE=size, REVERSE=reverse, BLOCK=block, num_warps=4)
+        running_sum_kernel[grid](
+            states,
+            factors,
+            slots,
+            SIZE=size,
+            REVERSE=reverse,
+            KEEP=first is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
 
     def _factors(self, position: Tensor, reverse: bool) -> Tensor | None:
         """What each slot keeps of the one before it: (B Hkv, slots)."""
@@ -243,48 +271,91 @@ def exponents(
     return shift, exponent
 
 
-def forward(p: Pass, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, H, L, Ev), what rounding took from it if that is to be kept, and each row's total weight (B, H, L)."""
+def forward(
+    p: Pass, keep: bool, states: Tensor | None = None, begun: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, L, Ev), what rounding took from it if that is to be kept, and each row's total weight (B, H, L).
+
+    `states` are those of the keys, if they are there already; `begun` is what `sums` gave for other keys.
+    """
     q = p.q
     out = torch.empty(*q.shape[:3], p.values, dtype=q.dtype, device=q.device)
     lost = torch.empty_like(out) if keep and q.dtype != torch.float32 else None
-    total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    states, config = p.key_states(), p.config("rows" if p.projection is None else "rows_projected")
-    parts, blocks = list(p.parts(config)), p.blocks(config)
-    part = torch.empty(out.shape, dtype=torch.float32, device=q.device) if len(parts) > 1 else None
-    part_total = None
-    row_shift = None if p.exponents is None else p.exponents.row_shift
-    grid = p.batch * p.heads * p.row_spans, ceil_div(p.values, blocks["BLOCK_V"])
-    for features in parts:
-        weights = total if features["END"] else torch.empty_like(total)
-        rows_kernel[grid](
-            q, p.k, p.v, p.valid, p.segment, row_shift, *p.of_keys, p.projection, states,
-            part, part_total, out, lost, weights,
-            p.offset, p.scale, *_strides(q), *_strides(p.k), *_strides(p.v),
-            p.heads, p.length, p.num_keys, p.span, p.row_spans, p.key_spans + 1,
-            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **blocks,
-        )  # fmt: skip
-        part_total = weights
+    part, weights = begun or (None, None)
+    total = _walk_rows(p, p.key_states() if states is None else states, part, weights, out, lost)
     return out, q.new_empty(0) if lost is None else lost, total
 
 
+def sums(p: Pass) -> tuple[Tensor, Tensor]:
+    """What the outputs are before they are divided (B, H, L, Ev), and by what (B, H, L): fp32."""
+    part = torch.empty(*p.q.shape[:3], p.values, dtype=torch.float32, device=p.q.device)
+    return part, _walk_rows(p, p.key_states(), part, None, None, None)
+
+
+def _walk_rows(
+    p: Pass,
+    states: Tensor,
+    part: Tensor | None,
+    begun: Tensor | None,
+    out: Tensor | None,
+    lost: Tensor | None,
+) -> Tensor:
+    """The total weights, after launches that add up in `part` and end in `out`, if it is given.
+
+    `begun` are the weights that belong to what is in `part` already, if anything is.
+    """
+    q, config = p.q, p.config("rows")
+    parts, blocks = list(p.parts(config)), p.blocks(config)
+    if part is None and len(parts) > 1:
+        part = torch.empty(*q.shape[:3], p.values, dtype=torch.float32, device=q.device)
+    row_shift = None if p.exponents is None else p.exponents.row_shift
+    grid = p.batch * p.heads * p.row_spans, ceil_div(p.values, blocks["BLOCK_V"])
+    previous = begun
+    for features in parts:
+        features["BEGIN"] &= begun is None
+        features["END"] &= out is not None
+        total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        rows_kernel[grid](
+            q, p.k, p.v, p.valid, p.segment, row_shift, *p.of_keys, p.projection, states,
+            part, previous, part if out is None else out, lost, total,
+            p.offset, p.scale, *_strides(q), *_strides(p.k), *_strides(p.v),
+            p.heads, p.length, p.num_keys, p.span, p.row_spans, p.key_spans + 1,
+            GROUPS=p.groups, **p.walk, **features, **p.shapes, **blocks,
+        )  # fmt: skip
+        previous = total
+    assert previous is not None
+    return previous
+
+
 def backward(
-    p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    grad, delta = _rows(grad), torch.empty_like(total)
+    p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None, total: Tensor, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, and of a state before the first key, if all rows come after it: (B, Hkv, M, Ev + 1).
+
+    `after` is the gradient of the state after all keys; both are of states in units of the nearest `peak`.
+    """
+    grad, delta = _rows(grad), delta_of(p, grad, out, lost)
+    dq = row_gradients(p, grad, total, delta, p.q.dtype)
+    states = p.row_states(grad, total, delta, after)
+    return dq, *key_gradients(p, grad, total, delta, states, p.q.dtype), p.state_of(states, 0)
+
+
+def delta_of(p: Pass, grad: Tensor, out: Tensor, lost: Tensor | None) -> Tensor:
+    """-grad . out of each row (B, H, L)."""
+    grad = _rows(grad)
+    delta = torch.empty(grad.shape[:3], dtype=torch.float32, device=grad.device)
     chunk = 16 if architecture_of(grad.device) == INTERPRETER else 64
     blocks = ceil_div(p.length, chunk)
     delta_kernel[(p.batch * p.heads * blocks,)](
         grad, out, lost, delta, *_strides(grad), p.heads, p.length, blocks,
         EV=p.values, CHUNK=chunk, BLOCK_V=p.padded["BLOCK_V"], num_warps=4,
     )  # fmt: skip
-    dq = _row_gradients(p, grad, total, delta)
-    return dq, *_key_gradients(p, grad, total, delta)
+    return delta
 
 
-def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tensor:
-    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
+def row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """dq in `dtype`."""
+    dq = torch.empty(p.q.shape, dtype=dtype, device=p.q.device)
     states, config = p.key_states(), p.config("row_gradients")
     parts = list(p.parts(config))
     part = p.part(dq, parts)
@@ -295,14 +366,17 @@ def _row_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> Tenso
             part, dq, p.offset, p.scale,
             *_strides(p.q), *_strides(p.k), *_strides(p.v), *_strides(grad),
             p.heads, p.length, p.num_keys, p.span, p.row_spans, p.key_spans + 1,
-            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **p.blocks(config),
+            GROUPS=p.groups, **p.walk, **features, **p.shapes, **p.blocks(config),
         )  # fmt: skip
     return dq
 
 
-def _key_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.k, p.v))
-    states, config = p.row_states(grad, total, delta), p.config("key_gradients")
+def key_gradients(
+    p: Pass, grad: Tensor, total: Tensor, delta: Tensor, states: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dk and dv in `dtype`, from the states of the rows."""
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (p.k, p.v))
+    config = p.config("key_gradients")
     parts = list(p.parts(config))
     part, part_v = p.part(dk, parts), p.part(dv, parts)
     row_shift = None if p.exponents is None else p.exponents.row_shift
@@ -312,6 +386,6 @@ def _key_gradients(p: Pass, grad: Tensor, total: Tensor, delta: Tensor) -> tuple
             part, part_v, dk, dv, p.offset, p.scale,
             *_strides(p.q), *_strides(p.k), *_strides(p.v), *_strides(grad),
             p.kv_heads, p.length, p.num_keys, p.span, p.key_spans, p.row_spans + 1,
-            GROUPS=p.groups, IS_CAUSAL=p.is_causal, **features, **p.shapes, **p.blocks(config),
+            GROUPS=p.groups, **p.walk, **features, **p.shapes, **p.blocks(config),
         )  # fmt: skip
     return dk, dv

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import NOTHING, features, load_input
+from .features import NOTHING, features, numbers
 from .products import as_given, load_nearest, load_numbers, load_rows, operand, product, store_rows
 
 
@@ -110,8 +110,8 @@ def key_states_kernel(
         moved = own
         if exponent is not None:
             moved = load_numbers(shift, position, num_keys, 0.0)
-        x = load_input(k, position, k_row, num_keys, feature, FEATURE, E, BLOCK_X)
-        phi = features(x, moved, alive, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
+        x = numbers(k, position, k_row, num_keys, projection, feature, 1.0, FEATURE, E, M, BLOCK_X, PRECISION)
+        phi = features(x, moved, alive, feature, FEATURE, M)
         if exponent is not None:
             phi *= weight(own - unit, alive)[:, None]
         phi = operand(phi, PRECISION)
@@ -196,8 +196,10 @@ def row_states_kernel(
                 moved = load_numbers(shift + at, rows, length, 0.0)
                 share *= weight(unit - load_nearest(peak, position, num_keys), alive)
             share = tl.where(alive, share, 0.0)
-            x = load_input(q_here, rows, q_row, length, feature, FEATURE, E, BLOCK_X)
-            phi = features(x, moved, None, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION)
+            x = numbers(
+                q_here, rows, q_row, length, projection, feature, scale, FEATURE, E, M, BLOCK_X, PRECISION
+            )
+            phi = features(x, moved, None, feature, FEATURE, M)
             phi = operand(phi * share[:, None], PRECISION)
             gradient = as_given(load_rows(g_here, rows, column, g_row, length, EV), PRECISION)
             kv = product(tl.trans(gradient), phi, kv, PRECISION)
@@ -211,9 +213,15 @@ def row_states_kernel(
 
 @triton.jit
 def running_sum_kernel(
-    states, factors, slots, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+    states,
+    factors,
+    slots,
+    SIZE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """states[t] += states[t - 1] * factors[t], from the first slot, which is cleared; or from the last one back."""
+    """states[t] += states[t - 1] * factors[t], from the first slot, cleared unless KEEP; or from the last one back."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     states += tl.program_id(0).to(tl.int64) * slots * SIZE + column
@@ -223,7 +231,7 @@ def running_sum_kernel(
     for step in range(slots):
         slot = slots - 1 - step if REVERSE else step
         at = states + slot.to(tl.int64) * SIZE
-        own = tl.load(at, mask=inside & (step > 0), other=0.0)
+        own = tl.load(at, mask=inside & (KEEP | (step > 0)), other=0.0)
         if factors is not None:
             carry *= tl.load(factors + slot)
         carry += own

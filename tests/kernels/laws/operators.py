@@ -14,7 +14,7 @@ from efficient_attn.mechanisms import Mechanism
 from efficient_attn.testing.laws.law import expect, expect_identical
 from efficient_attn.testing.sampling import EQUAL, LENGTH
 
-from ..judging import NAMES, drawn, gaps, here, judge_output, on_the_kernel, run
+from ..judging import NAMES, by_matrix, drawn, gaps, here, judge, judge_output, on_the_kernel, run
 from .law import DTYPES, SHORT, law
 
 
@@ -35,6 +35,21 @@ def kernel_steps_like_forward(mechanism: Mechanism) -> int:
             judge_output(m, decoded, inputs, {"key_mask": mask}, f"in steps, {dtype}")
             cases += 1
     return cases
+
+
+@law(lambda m: m.is_causal)
+def kernel_sends_gradients_through_steps(mechanism: Mechanism) -> int:
+    """Outputs and gradients of tokens given a few at a time are those of the whole, through every state between."""
+    m, mask = on_the_kernel(mechanism, torch.float32), gaps(LENGTH)
+
+    def stepped(m: Mechanism, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _decoded(m, q, k, v, mask, (9, 1, 20, 7))
+
+    def whole(m: Mechanism, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return by_matrix(m, q, k, v, {"key_mask": mask})
+
+    judge(m, stepped, whole, drawn(m, torch.float32), "in steps")
+    return 1
 
 
 def _decoded(
@@ -120,6 +135,8 @@ def kernel_passes_opcheck(mechanism: Mechanism) -> int:
     m, checked = on_the_kernel(mechanism, torch.float32), set()
     with _Calls() as calls:
         run(lambda *x: m(*x, key_mask=gaps(9)), drawn(m, torch.float32, 9))
+        if m.is_causal:
+            run(lambda *x: _decoded(m, *x, gaps(9), (4, 5)), drawn(m, torch.float32, 9))
     for operator, arguments in calls.made:
         if operator not in checked:
             checked.add(operator)
