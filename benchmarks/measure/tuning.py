@@ -57,8 +57,6 @@ TIMED_BY: Mapping[str, tuple[str, str]] = {
     "chunked_linear.row_gradients": (LINEAR, BACKWARD),
     "chunked_linear.row_gradients_projected": (PERFORMER, BACKWARD),
     "chunked_linear.key_gradients": (LINEAR, BACKWARD),
-    "chunked_linear.row_gradients_projected": (PERFORMER, BACKWARD),
-    "chunked_linear.key_gradients_projected": (PERFORMER, BACKWARD),
     "chunked_linear.key_gradients_projected": (PERFORMER, BACKWARD),
 }
 """Our kernels: the subject and the pass by which their configs are timed."""
