@@ -51,9 +51,11 @@ clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp of an extra: pip leaves what is already satisfied, torch above all, as it is.
+# The stamp of an extra: pip leaves what is already satisfied, torch above all, as it is. timm comes alone: it asks for
+# torchvision, whose build for another torch breaks transformers, and which the models that are tested do without.
 $(VENV)/.%: pyproject.toml constraints.txt | $(RUN)
 	$(INSTALL) --editable '.[$*]'
+	$(if $(filter dev,$*),$(INSTALL) --no-deps timm)
 	@touch $@
 
 $(RUN):

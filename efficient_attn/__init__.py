@@ -3,7 +3,10 @@
 from . import masks
 from .backends import BackendError
 from .complexity import Complexity, Cost, Shape
+from .integrations.approximation import ApproximationReport, measure_approximation
+from .integrations.swap import SwapError, SwapReport, load_swapped, swap_attention
 from .integrations.torch_mha import MultiheadAttention
+from .integrations.transfer import TransferReport, transfer_attention
 from .layers import Attention
 from .masks import segment_ids_from_cu_seqlens
 from .mechanisms import (
@@ -25,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MECHANISMS",
+    "ApproximationReport",
     "Attention",
     "BackendError",
     "BigBirdAttention",
@@ -41,7 +45,14 @@ __all__ = [
     "Shape",
     "SlidingWindowAttention",
     "SparseTransformerAttention",
+    "SwapError",
+    "SwapReport",
+    "TransferReport",
     "create_mechanism",
+    "load_swapped",
     "masks",
+    "measure_approximation",
     "segment_ids_from_cu_seqlens",
+    "swap_attention",
+    "transfer_attention",
 ]

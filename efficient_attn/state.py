@@ -24,11 +24,26 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes held, of every tensor."""
-        return sum(t.nbytes for t in self._tensors().values())
+        return sum(t.nbytes for t in self.tensors().values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return len(next(iter(self.tensors().values())))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors().values())).device
 
     def clone(self: S) -> S:
         """A copy that a later `step` on this state cannot touch."""
-        return replace(self, **{name: t.clone() for name, t in self._tensors().items()})
+        return replace(self, **{name: t.clone() for name, t in self.tensors().items()})
+
+    def overwrite(self, older: dict[str, Tensor]) -> None:
+        """Move into the tensors of `older`, which have these shapes: what a captured graph needs to be replayed."""
+        for name, tensor in older.items():
+            setattr(self, name, tensor.copy_(getattr(self, name)))
 
     def reorder(self: S, indices: Int[Tensor, " new_batch"]) -> S:
         """The state of rows `indices`, in that order, repeats allowed: what beam search needs."""
@@ -38,7 +53,7 @@ class State:
             raise TypeError(f"indices must be an int32 or int64 tensor, got {indices.dtype}")
         if indices.dim() != 1:
             raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
-        tensors = self._tensors()
+        tensors = self.tensors()
         if any(t.device != indices.device for t in tensors.values()):
             devices = {t.device for t in tensors.values()}
             raise ValueError(
@@ -46,7 +61,8 @@ class State:
             )
         return replace(self, **{name: t.index_select(0, indices) for name, t in tensors.items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors held, by name."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -160,6 +176,7 @@ class WindowState(State):
         slots = self.k.shape[2]
         self.seen += k.shape[2]
         if slots:
+            k, v, valid = k[:, :, -slots:], v[:, :, -slots:], valid[:, -slots:]
             self.k = torch.cat([self.k, k], 2)[:, :, -slots:].contiguous()
             self.v = torch.cat([self.v, v], 2)[:, :, -slots:].contiguous()
             self.valid = torch.cat([self.valid, valid], 1)[:, -slots:].contiguous()

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..masks import Everything
 from ..mechanisms import FullAttention
 from ..mechanisms.base import Mechanism
 
@@ -91,6 +92,7 @@ class MultiheadAttention(nn.Module):
         self.add_zero_attn = add_zero_attn
         self.mechanism = mechanism
         self.dense_weights = dense_weights
+        self.was_self_attention = False
         # Where this is True, the fast path of nn.TransformerEncoderLayer skips forward altogether.
         self._qkv_same_embed_dim = False
         self._add_parameters(bias, add_bias_kv, device, dtype)
@@ -176,6 +178,8 @@ class MultiheadAttention(nn.Module):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         self._check_masks(query, key, key_padding_mask, attn_mask)
         self._check_mechanism_can(need_weights, attn_mask, is_causal, square=query.shape[1] == key.shape[1])
+        if self.was_self_attention:
+            self._check_still_fits(attn_mask, same_length=query.shape[1] == key.shape[1])
 
         if is_causal and self.mechanism.is_causal:
             attn_mask = None
@@ -261,6 +265,19 @@ class MultiheadAttention(nn.Module):
             _check_zero(key_bias, self.mechanism)
             return key_mask, attn_bias
         return key_mask, _add_bias(attn_bias, rearrange(key_bias, "b s -> b 1 1 s"))
+
+    def _check_still_fits(self, attn_mask: Tensor | None, same_length: bool) -> None:
+        """Raise where a mechanism that was swapped in would compute something else than what it replaced."""
+        mask = getattr(self.mechanism, "mask", None)
+        if not same_length and (self.mechanism.is_causal or mask not in (None, Everything())):
+            raise ValueError(
+                f"{_name(self.mechanism)} was swapped in for self-attention, and is given keys of another sequence: "
+                "its pattern has no meaning there"
+            )
+        if self.mechanism.is_causal and attn_mask is None:
+            raise ValueError(
+                f"{_name(self.mechanism)} is causal, and was swapped in where causality comes as attn_mask: none came"
+            )
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the inputs are batched."""

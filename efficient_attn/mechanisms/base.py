@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -62,6 +65,13 @@ class Mechanism(Loadable, ABC):
     """The head size that it was built for, if it was."""
     num_kv_heads: int | None = None
     """The number of key-value heads that it was built for, if it was."""
+    arguments: dict[str, Any]
+    """What it was constructed with, by name."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _recorded(cls.__init__)
 
     def __init__(self, *, is_causal: bool, scale: float | None, backend: str) -> None:
         super().__init__()
@@ -315,6 +325,20 @@ class Mechanism(Loadable, ABC):
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, key_mask: Tensor | None
     ) -> tuple[Tensor, State]:
         raise NotImplementedError(f"{type(self).__name__} has no decode state")
+
+
+def _recorded(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that keeps its arguments in `arguments`, where a subclass's has not done so."""
+
+    @functools.wraps(init)
+    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "arguments" not in vars(self):
+            bound = inspect.signature(init).bind_partial(self, *args, **kwargs).arguments
+            own = {name: value for i, (name, value) in enumerate(bound.items()) if i}
+            object.__setattr__(self, "arguments", own)
+        init(self, *args, **kwargs)
+
+    return recording
 
 
 def zero_where_masked(key_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

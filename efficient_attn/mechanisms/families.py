@@ -97,6 +97,8 @@ class SoftmaxMechanism(Mechanism):
             return self(q, state.k, state.v, key_mask=state.key_mask), state
         size = max(self.retained[0], self._STEP_CHUNK)
         valid = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+        if state.seen == 0 and q.shape[2] > size:
+            return self._first_step(q, k, v, state, valid), state
         outputs = [
             self._window_step(*chunk, state)
             for chunk in zip(
@@ -104,6 +106,16 @@ class SoftmaxMechanism(Mechanism):
             )
         ]
         return torch.cat(outputs, 2), state
+
+    def _first_step(self, q: Tensor, k: Tensor, v: Tensor, state: WindowState, valid: Tensor) -> Tensor:
+        """A whole prompt at once, as the forward pass takes it, and what a state keeps of it."""
+        out = self(q, k, v, key_mask=valid)
+        if state.sink_valid.shape[1]:
+            state.fill_sinks(k, v, valid)
+        else:
+            state.anchor = state.find_anchor(valid)
+        state.push(k, v, valid)
+        return out
 
     def _window_step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: WindowState) -> Tensor:
         """New tokens against sinks, window and themselves; what a sink holds is hidden elsewhere."""

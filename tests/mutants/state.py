@@ -13,8 +13,8 @@ def mutant(before: str, after: str, why: str, survives: str = "") -> Mutant:
 
 ANY = (
     mutant(
-        "sum(t.nbytes for t in self._tensors().values())",
-        "sum(t.numel() for t in self._tensors().values())",
+        "sum(t.nbytes for t in self.tensors().values())",
+        "sum(t.numel() for t in self.tensors().values())",
         "bytes are counted as numbers",
     ),
     mutant(

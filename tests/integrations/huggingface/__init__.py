@@ -1,0 +1,1 @@
+"""Tests over tiny models of transformers, randomly initialised: nothing is downloaded."""
