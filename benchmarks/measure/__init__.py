@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness.cells import CAPACITY, CAPACITY_FORWARD, DECODE, MEMORY, RACES, Cell
-from benchmarks.harness.worker import Outcome
+from efficient_attn.benchmarking.cells import CAPACITY, CAPACITY_FORWARD, DECODE, MEMORY, RACES, Cell
+from efficient_attn.benchmarking.worker import Outcome
 
 
 def measure(cell: Cell) -> Outcome:

@@ -10,17 +10,16 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import Cell
-from benchmarks.harness.records import OK, WRONG
-from benchmarks.harness.worker import Outcome
 from benchmarks.subjects import subject
 from efficient_attn import Mechanism
+from efficient_attn.benchmarking.cells import Cell
+from efficient_attn.benchmarking.gate import is_wrong
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.instruments import INSTRUMENTS
+from efficient_attn.benchmarking.records import OK, WRONG
+from efficient_attn.benchmarking.timing import EFFORTS, Sampler, interleaved, ratio
+from efficient_attn.benchmarking.worker import Outcome
 from efficient_attn.state import State
-
-from .gate import is_wrong
-from .inputs import normal_inputs
-from .instruments import INSTRUMENTS
-from .timing import EFFORTS, Sampler, interleaved, ratio
 
 FILL = 2048
 STEPS = 16

@@ -22,6 +22,7 @@ def measure_all(
     report: Callable[[Cell, Record, bool], None],
     complain: Callable[[str], None],
     seconds: float | None = None,
+    describe: Callable[[str], dict[str, Any]] = environment,
 ) -> list[Cell]:
     """Measure each cell that has no record yet, append its record, and report it; returns those not come to.
 
@@ -32,6 +33,7 @@ def measure_all(
         report: told each cell's record, and whether it was measured just now.
         complain: told of each damaged line.
         seconds: when they are over, no further cell is begun.
+        describe: the environment of a device.
     """
     began, left = time.monotonic(), []
     known, complaints = records.by_key()
@@ -40,7 +42,7 @@ def measure_all(
     print_of_worker: dict[str, Any] = {}
     with Worker(measure, timeout) as worker:
         for cell in cells:
-            described = environment(cell.device)  # of now: load and date change, and sources may
+            described = describe(cell.device)  # of now: load and date change, and sources may
             if fingerprint(described) != print_of_worker:
                 worker.stop()
                 print_of_worker = fingerprint(described)
