@@ -2,7 +2,7 @@
 
 from . import masks
 from .backends import BackendError
-from .complexity import Complexity, Cost, Shape
+from .complexity import Complexity, Cost, Shape, count_flops
 from .integrations.torch_mha import MultiheadAttention
 from .layers import Attention
 from .masks import segment_ids_from_cu_seqlens
@@ -41,6 +41,7 @@ __all__ = [
     "Shape",
     "SlidingWindowAttention",
     "SparseTransformerAttention",
+    "count_flops",
     "create_mechanism",
     "masks",
     "segment_ids_from_cu_seqlens",
