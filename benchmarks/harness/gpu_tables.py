@@ -8,7 +8,7 @@ from typing import Any
 
 from efficient_attn.benchmarking.cells import CAPACITY, DECODE, RACES, TABLES, TUNE, Cell, Target
 from efficient_attn.benchmarking.records import OK, WRONG, Record
-from efficient_attn.benchmarking.tables import Table, mebibytes, milliseconds, three
+from efficient_attn.benchmarking.tables import Table, mebibytes, milliseconds, number, three, worst
 
 from .tables import (
     Pairs,
@@ -17,10 +17,8 @@ from .tables import (
     because,
     decode,
     grouped,
-    number,
     remarks,
     verdict,
-    worst,
 )
 
 GPU_LEGEND = (

@@ -6,11 +6,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from efficient_attn.benchmarking.cells import DECODE, MEMORY, RACES, Cell, Target
 from efficient_attn.benchmarking.records import OK, WRONG, Record
-from efficient_attn.benchmarking.tables import Table, mebibytes, milliseconds, three
+from efficient_attn.benchmarking.tables import Table, mebibytes, milliseconds, number, three, worst
 
 MET, MISSED = "met", "MISSED"
 LEGEND = (
@@ -210,18 +209,6 @@ def _half_range(values: Sequence[float]) -> float:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / 2
-
-
-def worst(errors: dict[str, Any]) -> str:
-    """The largest of several errors."""
-    if not errors:
-        return ""
-    return number(None if None in errors.values() else max(errors.values()))
-
-
-def number(error: float | None) -> str:
-    """An error, or that there is none to speak of."""
-    return "not finite" if error is None else f"{error:.0e}"
 
 
 def because(record: Record) -> str:

@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TextIO
 
 from .records import ERROR, OOM, TIMEOUT, UNSTABLE, WRONG
 
@@ -25,14 +26,14 @@ class Table:
     texts: int = 1
 
 
-def on_terminal() -> bool:
+def rich_on(stream: TextIO) -> bool:
     """Whether rich can be of use: it is installed, and somebody is looking."""
-    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+    return stream.isatty() and importlib.util.find_spec("rich") is not None
 
 
 def show(made: Sequence[Table], print_line: Callable[[str], None] = print) -> None:
     """Print tables: with rich on a terminal, as plain lines elsewhere."""
-    if not on_terminal():
+    if not rich_on(sys.stdout):
         for table in made:
             for line in plain(table):
                 print_line(line)
@@ -90,6 +91,15 @@ def mebibytes(count: int) -> str:
     return three(count / 2**20)
 
 
+def size_text(count: float) -> str:
+    """Bytes by powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{three(count)} {unit}"
+        count /= 1024
+    return f"{three(count)} GiB"
+
+
 def three(number: float) -> str:
     """Three digits, and every digit before the point."""
     return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
@@ -97,3 +107,15 @@ def three(number: float) -> str:
 
 def _style(text: str) -> str:
     return "bold red" if text.startswith(ALARMING) or text.endswith("WRONG") else ""
+
+
+def worst(errors: dict[str, Any]) -> str:
+    """The largest of several errors."""
+    if not errors:
+        return ""
+    return number(None if None in errors.values() else max(errors.values()))
+
+
+def number(error: float | None) -> str:
+    """An error, or that there is none to speak of."""
+    return "not finite" if error is None else f"{error:.0e}"

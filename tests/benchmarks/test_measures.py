@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import decode, measure, memory, races
+from benchmarks.measure import measure, memory, races
 from benchmarks.peers import OWN_FORWARD, PEERS, Contender, Race
-from efficient_attn.benchmarking import instruments, timing
+from efficient_attn.benchmarking import decode, instruments, timing
 from efficient_attn.benchmarking.cells import (
     CAPACITY,
     CAPACITY_FORWARD,

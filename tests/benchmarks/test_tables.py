@@ -178,7 +178,7 @@ def test_capacity_and_decode_show_what_was_found() -> None:
 def test_tables_are_printed_with_rich_and_without(
     rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(printing, "on_terminal", lambda: rich)
+    monkeypatch.setattr(printing, "rich_on", lambda stream: rich)
     monkeypatch.setenv("COLUMNS", "200")
     printing.show(shown.tables(RECORDS, plan.targets("full")))
     printed = capsys.readouterr().out

@@ -1,0 +1,203 @@
+"""The figures that need a measurement: of `bench`, of `calibrate`, or of the demo."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from ...benchmarking.cells import DECODE, FORWARD
+from ...benchmarking.records import Record
+from ...benchmarking.tables import size_text
+from ...complexity import Shape
+from ...planning import Device
+from ..arguments import mechanism as spec_of
+from ..arguments import spelled, with_causality
+from ..measuring import CAUSAL, mechanism_of
+from ..output import count_text, seconds_text
+from .data import Data, NoData
+from .style import FAINT, INK, canvas, legend_below, look, tokens_axis
+from .theory import powers, specs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_RECORDS = "no records of efficient-attn bench were given"
+
+
+def seconds_of(record: Record) -> float:
+    return statistics.median(record["result"]["seconds"])
+
+
+def times(data: Data) -> Figure:
+    """Measured seconds of a forward pass by length."""
+    found = _by_subject(data, FORWARD)
+    figure, axes = canvas()
+    for subject, records in found.items():
+        lengths = [record["cell"]["length"] for record in records]
+        axes.plot(lengths, [seconds_of(record) for record in records], label=subject, **look(subject))
+    tokens_axis(axes, sorted({record["cell"]["length"] for each in found.values() for record in each}))
+    axes.set(yscale="log", ylabel="forward pass")
+    axes.yaxis.set_major_formatter(lambda value, _: seconds_text(value))
+    legend_below(figure, axes, 2)
+    return figure
+
+
+def _by_subject(data: Data, work: str) -> dict[str, list[Record]]:
+    """Records of one work by mechanism, short lengths first. Raises NoData."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in data.timed:
+        if record["cell"]["work"] == work:
+            found[record["cell"]["subject"]].append(record)
+    if not found:
+        raise NoData(NO_RECORDS if not data.records else f"the records hold no {work} pass")
+    return {name: sorted(each, key=lambda record: record["cell"]["length"]) for name, each in found.items()}
+
+
+def roofline(data: Data) -> Figure:
+    """FLOP/s over FLOPs per byte: what a device allows, and what was reached of it."""
+    device = data.device
+    figure, axes = canvas()
+    ridge = device.balance
+    intensities = [ridge / 2**6, ridge, ridge * 2**9]
+    roof = [min(device.flops_per_second, x * device.bytes_per_second) for x in intensities]
+    axes.plot(intensities, roof, color=INK, lw=2, label=device.name)
+    points = _reached(data) if device.kind == "measured" else []
+    for subject, intensity, rate in points:
+        style = look(subject)
+        axes.plot(intensity, rate, label=subject, **style | {"ls": "none"})
+    if not points:
+        for name, intensity in _expected(data):
+            rate = min(device.flops_per_second, intensity * device.bytes_per_second)
+            axes.plot([intensity], [rate], label=name, **look(name) | {"markersize": 7, "ls": "none"})
+    _once(figure, axes)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must be moved", ylabel="FLOP/s")
+    axes.set_title("reached" if points else "allowed, forward at 16k tokens")
+    axes.yaxis.set_major_formatter(lambda value, _: count_text(value))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return figure
+
+
+def _once(figure: Figure, axes: Any) -> None:
+    """A legend in which each name comes once."""
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3)
+
+
+def _reached(data: Data) -> list[tuple[str, float, float]]:
+    """Subject, FLOPs per byte and FLOP/s of each record of a forward pass."""
+    found = []
+    for record in data.timed:
+        declared = record["result"].get("declared")
+        if declared and record["cell"]["work"] == FORWARD:
+            intensity = declared["flops"] / declared["bytes"]
+            found.append((record["cell"]["subject"], intensity, declared["flops"] / seconds_of(record)))
+    return found
+
+
+def _expected(data: Data, length: int = 16_384) -> list[tuple[str, float]]:
+    layer = data.layer
+    found = []
+    for spec in specs(data, layer.is_causal):
+        cost = spec.build(layer, length).cost(Shape(1, layer.num_heads, length, length, layer.head_dim))
+        found.append((spelled(spec), cost.flops.forward / (cost.bytes_read + cost.bytes_written)))
+    return found
+
+
+def predicted(data: Data) -> Figure:
+    """What was predicted against what was measured: seconds by the roofline, and peak bytes."""
+    if not data.timed:
+        raise NoData(NO_RECORDS)
+    figure, (seconds, peaks) = canvas(2, width=7.6, height=4.2)
+    for record in data.timed:
+        style: dict[str, Any] = look(record["cell"]["subject"]) | {"ls": "none"}
+        expected = predicted_seconds(record, data.device) if data.device.kind == "measured" else None
+        if expected:
+            seconds.plot(expected, seconds_of(record), label=record["cell"]["subject"], **style)
+        declared = record["result"].get("declared", {}).get("peak_bytes")
+        if declared and record["result"].get("peak_bytes"):
+            peaks.plot(declared, record["result"]["peak_bytes"], label=record["cell"]["subject"], **style)
+    if data.device.kind != "measured":
+        said = "needs the rates of this machine:\nefficient-attn calibrate, then --on FILE"
+        seconds.text(
+            0.5, 0.5, said, ha="center", va="center", transform=seconds.transAxes, color=FAINT, fontsize=9
+        )
+    for axes, what, text in ((seconds, "seconds", seconds_text), (peaks, "peak bytes", size_text)):
+        if axes.lines:
+            _diagonal(axes, text)
+        else:
+            axes.set(xticks=[], yticks=[])
+        axes.set(xlabel=f"{what}, predicted", ylabel=f"{what}, measured")
+    _once(figure, peaks)
+    return figure
+
+
+def _diagonal(axes: Any, text: Any) -> None:
+    """Equality as a line, on axes of one scale."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    values = [float(v) for line in axes.lines for v in (*line.get_xdata(), *line.get_ydata())]
+    ends = min(values) / 2, max(values) * 2
+    axes.plot(ends, ends, color=INK, lw=1, ls="--")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(numticks=4))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(lambda value, _: text(value))
+
+
+def predicted_seconds(record: Record, device: Device) -> float | None:
+    """By the roofline, at the rate that the mechanism reached when the device was calibrated, if it was."""
+    from ...benchmarking.cells import Cell
+
+    declared = record["result"].get("declared")
+    if declared is None or record["cell"]["dtype"] != device.dtype:
+        return None
+    cls = type(mechanism_of(Cell.from_identity(record["cell"]))).__name__
+    rate = device.mechanism_flops_per_second.get(cls, device.flops_per_second)
+    return max(declared["flops"] / rate, declared["bytes"] / device.bytes_per_second)
+
+
+def quality(data: Data) -> Figure:
+    """Bits per character over training speed, of the demo's models."""
+    if data.demo is None:
+        raise NoData("no results of the demo were given")
+    figure, axes = canvas()
+    for name, row in data.demo["mechanisms"].items():
+        speed, bits = row["train_tokens_per_second"], row["bits_per_character"]
+        error = row.get("delta_standard_error") or 0.0
+        axes.errorbar(
+            speed, bits, yerr=error, label=name, capsize=3, **look(name) | {"markersize": 8, "ls": "none"}
+        )
+        axes.annotate(name, (speed, bits), (8, 5), textcoords="offset points", fontsize=9)
+    axes.axhline(data.demo["bigram_bits_per_character"], color=FAINT, ls="--", lw=1.2)
+    axes.annotate("bigram", (0.02, data.demo["bigram_bits_per_character"]), (0, 3), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", fontsize=8.5, color=FAINT)  # fmt: skip
+    axes.margins(0.2)
+    axes.set(xlabel="tokens per second in training", ylabel="bits per character, held out")
+    axes.set_title("up is worse, right is faster")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    return figure
+
+
+def state(data: Data) -> Figure:
+    """Bytes of decode state by length, as declared; filled points were measured."""
+    lengths = powers(128, 1 << 20)
+    layer = with_causality(data.layer, True)
+    figure, axes = canvas()
+    for spec in specs(data, True):
+        held = [spec.build(layer, n).cost(Shape(1, layer.num_heads, 1, n, layer.head_dim), phase="decode").state_bytes
+                for n in lengths]  # fmt: skip
+        axes.plot(lengths, held, label=spelled(spec), **look(spec.name) | {"marker": ""})
+    for record in data.timed:
+        cell = record["cell"]
+        if cell["work"] == DECODE and "state_bytes" in record["result"]:
+            name = spec_of(cell["subject"].removesuffix(CAUSAL)).name
+            axes.plot(cell["length"], record["result"]["state_bytes"], **look(name) | {"ls": "none"})
+    tokens_axis(axes, lengths)
+    axes.set_yscale("log", base=2)
+    axes.set(ylabel="decode state of a layer")
+    axes.set_title(f"{layer.num_heads} heads of {layer.head_dim}, bfloat16")
+    axes.yaxis.set_major_formatter(lambda value, _: size_text(value))
+    legend_below(figure, axes)
+    return figure

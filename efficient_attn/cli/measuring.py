@@ -1,0 +1,68 @@
+"""What `bench` measures: cells by mechanism, work and length, and what a worker does with one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..backends import BackendError
+from ..benchmarking.alone import judged, measure_alone
+from ..benchmarking.cells import DECODE, FORWARD, TRAINING, Cell
+from ..benchmarking.decode import measure_decode
+from ..benchmarking.records import OK
+from ..benchmarking.worker import Outcome, Unsupported
+from ..mechanisms import Mechanism
+from ..planning import MechanismSpec, Model
+from .arguments import mechanism as spec_of
+from .arguments import spelled
+
+WORKS = {"forward": FORWARD, "training": TRAINING, "decode": DECODE}
+CAUSAL = " causal"
+"""Ends the name of a subject that is causal."""
+SECTION = "bench"
+
+
+def cells_of(
+    specs: Iterable[MechanismSpec], works: Iterable[str], lengths: Iterable[int], causal: bool, **sizes: Any
+) -> list[Cell]:
+    """Mechanism by mechanism, so that each has a process of its own, short lengths first."""
+    cells = []
+    for spec in specs:
+        for work in works:
+            subject = spelled(spec) + CAUSAL * (causal or work == DECODE)
+            for n in lengths:
+                positions = (n,) if work == DECODE else ()
+                cells.append(Cell(SECTION, subject, work, n, positions=positions, **sizes))
+    return cells
+
+
+def mechanism_of(cell: Cell) -> Mechanism:
+    """The mechanism that `cell` measures. Raises ValueError if it cannot be built for these sizes."""
+    name, causal = cell.subject.removesuffix(CAUSAL), cell.subject.endswith(CAUSAL)
+    layer = Model(
+        1, cell.heads * cell.head_dim, cell.heads, head_dim=cell.head_dim, ffn_dim=0, is_causal=causal
+    )
+    return spec_of(name).build(layer, cell.length).eval()
+
+
+def measure(cell: Cell) -> Outcome:
+    """In the worker. Raises Unsupported where the mechanism does not take the cell's sizes or device."""
+    torch.set_num_threads(cell.threads)
+    torch.manual_seed(0)
+    try:
+        mechanism = mechanism_of(cell)
+        outcome = _decode(cell, mechanism) if cell.work == DECODE else measure_alone(cell, mechanism)
+    except (BackendError, NotImplementedError, ValueError) as refusal:
+        raise Unsupported(" ".join(str(refusal).split())) from refusal
+    outcome.spent = cell.device != "cpu"
+    return outcome
+
+
+def _decode(cell: Cell, mechanism: Mechanism) -> Outcome:
+    outcome = measure_decode(cell, mechanism)
+    found = outcome.result.pop("positions", {}).get(str(cell.length), {})
+    found.pop("ratio", None)
+    outcome.result |= found
+    return judged(outcome.result, found["seconds"]) if outcome.status == OK else outcome

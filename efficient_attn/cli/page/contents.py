@@ -1,0 +1,264 @@
+"""What the report says: from what mechanisms declare, from records, and from the demo's results."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...benchmarking.environment import environment
+from ...benchmarking.records import OK, UNSTABLE
+from ...benchmarking.tables import Table, size_text, three
+from ...complexity import Shape
+from ...mechanisms import MECHANISMS
+from ..arguments import spelled, with_causality
+from ..bench import results_table
+from ..describe import declared_table
+from ..figures import FIGURES, Data, NoData, draw
+from ..figures.style import inline_svg
+from ..figures.theory import specs
+from ..output import count_text, times_text
+from .html import definitions, document, figure_html, section, table_html, tile
+
+COST_LENGTH = 16_384
+WIDE = ("predicted",)
+MEASURED = ("times", "roofline", "predicted", "quality")
+MATRICES = tuple(name for name in FIGURES if name.startswith("matrix-"))
+THEORY = tuple(name for name in FIGURES if name not in (*MEASURED, *MATRICES))
+
+
+def page_of(data: Data, *, title: str = "Efficient attention, measured and counted") -> str:
+    """The page. What it has no data for, it leaves out, and says so."""
+    here = environment()
+    measured, missing = _figures(MEASURED, data)
+    theory, _ = _figures(THEORY, data)
+    matrices, _ = _figures(MATRICES, data)
+    sections: dict[str, tuple[str, str]] = {}
+
+    def add(anchor: str, name: str, *parts: str) -> None:
+        sections[anchor] = name, section(anchor, name, *parts)
+
+    add("summary", "Summary", _tiles(data, here))
+    if data.demo is not None:
+        add("demo", "Language models", *_demo(data.demo))
+    add("measured", "Measured", *_measured(data), _grid(measured), *map(_note, missing))
+    add("mechanisms", "Mechanisms", table_html(declared_table()), table_html(_cost_table(data)))
+    add("scaling", "Scaling", _grid(theory))
+    add("matrices", "Matrices", _grid(matrices, small=True))
+    add("environment", "Environment", *_environments(data, here))
+    lead = (
+        f"{here['cpu']}, {here['usable_cores']} of {here['cores']} cores. {here['date'][:10]}, "
+        f"efficient_attn {__version__}."
+    )
+    footer = (
+        "FLOPs are those of matrix products, 2 for each multiply-accumulate, of the pairs that a mask allows. KiB, MiB"
+        " and GiB are powers of 1024. Made by efficient-attn report; this page loads nothing from anywhere."
+    )
+    return document(title, lead, sections, footer)
+
+
+def write_page(data: Data, path: Path, **options: str) -> None:
+    """Write the page to `path`, whole or not at all."""
+    text = page_of(data, **options)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _figures(names: Iterable[str], data: Data) -> tuple[list[str], list[str]]:
+    """Figures as HTML, and why others are missing."""
+    made, missing = [], []
+    for name in names:
+        picture = FIGURES[name]
+        try:
+            svg = inline_svg(draw(name, data), name, escape(picture.title))
+        except NoData as why:
+            missing.append(f"{picture.title}: {why}.")
+            continue
+        made.append(figure_html(name, picture.title, svg, picture.caption, wide=name in WIDE))
+    return made, missing
+
+
+def _grid(figures: list[str], *, small: bool = False) -> str:
+    return f'<div class="figures{" small" * small}">{"".join(figures)}</div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _tiles(data: Data, here: dict[str, Any]) -> str:
+    tiles = [tile(str(len(MECHANISMS)), "mechanisms")]
+    if data.records:
+        statuses = Counter(record["status"] for record in data.records)
+        tiles.append(tile(str(len(data.records)), "cells recorded"))
+        tiles += [tile(str(count), status) for status, count in statuses.most_common()]
+    if data.demo is not None:
+        rows = data.demo["mechanisms"]
+        best = min(rows, key=lambda name: rows[name]["bits_per_character"])
+        tiles.append(tile(f"{rows[best]['bits_per_character']:.3f}", f"bits per character at best: {best}"))
+        fastest = max(rows, key=lambda name: rows[name]["train_tokens_per_second"])
+        tiles.append(
+            tile(f"{rows[fastest]['train_tokens_per_second']:,.0f}", f"tokens per second at most: {fastest}")
+        )
+    tiles.append(tile(data.device.name, "device of the estimates"))
+    tiles.append(tile(here["libraries"].get("torch", "unknown"), "torch"))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _measured(data: Data) -> list[str]:
+    parts = [_note(f"Skipped: {complaint}") for complaint in data.complaints]
+    if not data.records:
+        return [*parts, _note("No records of efficient-attn bench were given.")]
+    parts.append(table_html(results_table(data.records)))
+    reasons = [r for r in data.records if r["status"] not in (OK, UNSTABLE)]
+    if reasons:
+        rows = [
+            [r["cell"]["subject"], r["cell"]["work"], f"{r['cell']['length']:,}", r["status"], r["reason"]]
+            for r in reasons
+        ]
+        parts.append(
+            table_html(
+                Table("Not measured, and why", ["mechanism", "work", "tokens", "", "why"], rows, texts=5)
+            )
+        )
+    return parts
+
+
+def _cost_table(data: Data) -> Table:
+    """What `cost` counts at one length: causal where that exists."""
+    rows = []
+    layer = data.layer
+    full: int | None = None
+    for spec in specs(data, False):
+        causal = spelled(spec) in {spelled(other) for other in specs(data, True)}
+        model = with_causality(layer, causal)
+        shape = Shape(1, layer.num_heads, COST_LENGTH, COST_LENGTH, layer.head_dim)
+        cost = spec.build(model, COST_LENGTH).cost(shape, training=True)
+        full = full or cost.flops.forward
+        rows.append(
+            [
+                spelled(spec),
+                "causal" if causal else "bidirectional",
+                count_text(cost.flops.forward),
+                times_text(full / cost.flops.forward),
+                size_text(cost.saved_bytes),
+                size_text(cost.state_bytes) if causal else "-",
+                f"{cost.params:,}",
+            ]
+        )
+    headings = [
+        "mechanism",
+        "",
+        "FLOPs forward",
+        "first / this",
+        "kept for backward",
+        "decode state",
+        "parameters",
+    ]
+    title = f"Declared cost of {COST_LENGTH:,} tokens, {layer.num_heads} heads of {layer.head_dim}, bfloat16"
+    return Table(
+        title, headings, rows, "Exact counts of attention alone, which the tests hold to be true.", texts=2
+    )
+
+
+def _demo(results: dict[str, Any]) -> list[str]:
+    """The demo's models: quality, speed and memory in one table."""
+    settings, source = results["settings"], results["data"]
+    rows = []
+    for name, row in results["mechanisms"].items():
+        delta, error = row["delta_to_full"], row["delta_standard_error"]
+        rows.append(
+            [
+                name,
+                "0 exactly" if row["audit"]["exact"] else "WRONG: sees the future",
+                f"{row['bits_per_character']:.3f}",
+                "-"
+                if delta is None or name == "full"
+                else f"{delta:+.3f}" + (f" ±{error:.3f}" if error else ""),
+                f"{row['train_tokens_per_second']:,.0f}",
+                size_text(row["train_step_peak_bytes"]),
+                _longest(row["scaling"]),
+                "-" if row["crossover_length"] is None else f"{row['crossover_length']:,}",
+                size_text(list(row["state_bytes"]["declared"].values())[-1]),
+            ]
+        )
+    longest, decoded = settings["scaling_lengths"][-1], settings["state_lengths"][-1]
+    headings = [
+        *("mechanism", "leak", "bits per character", "to full", "tokens/s", "step peak"),
+        *(f"ms at {longest:,}", "quicker than full from", f"state after {decoded:,}"),
+    ]
+    title = f"{source['source']}: context {settings['context']}, {settings['steps']} steps of {settings['batch_size']}"
+    note = (
+        f"Held-out text, {source['evaluated_bytes']:,} bytes; a bigram table reaches "
+        f"{results['bigram_bits_per_character']:.3f}. ±: standard error over windows, one seed. leak: the "
+        "largest change of a past logit when the future is blanked. ms: forward and backward of one attention layer."
+    )
+    samples = "".join(
+        f"<details><summary>{escape(name)} continues</summary><pre>{escape(row['sample']['prompt'])}"
+        f"<b>{escape(row['sample']['continuation'])}</b></pre></details>"
+        for name, row in results["mechanisms"].items()
+        if "sample" in row
+    )
+    return [table_html(Table(title, headings, rows, note, texts=2)), samples]
+
+
+def _longest(scaling: dict[str, dict[str, float]]) -> str:
+    return three(1e3 * list(scaling.values())[-1]["forward_backward_seconds"])
+
+
+def _environments(data: Data, here: dict[str, Any]) -> list[str]:
+    """Where the page was made, and where else records come from."""
+    parts = ["<h3>This page</h3>", definitions(_plain(here))]
+    seen: dict[str, int] = Counter(str(_lasting(r["environment"])) for r in data.records)
+    for record in data.records:
+        key = str(_lasting(record["environment"]))
+        if key in seen:
+            parts += [f"<h3>{seen.pop(key)} records</h3>", definitions(_plain(record["environment"]))]
+    device = data.device
+    about = {
+        "name": device.name,
+        "FLOP/s": count_text(device.flops_per_second),
+        "bytes/s": count_text(device.bytes_per_second),
+        "kind": device.kind,
+        "source": device.source,
+    }
+    return [*parts, "<h3>Device of the estimates</h3>", definitions(about)]
+
+
+def _lasting(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in ("date", "load", "available_bytes", "gpu_now")
+    }
+
+
+def _plain(found: dict[str, Any]) -> dict[str, str]:
+    """An environment as words."""
+
+    def words(name: str, value: Any) -> str:
+        if name == "available_bytes" and value:
+            return size_text(value)
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {item}" for key, item in value.items())
+        return (
+            " ".join(map(str, value))
+            if isinstance(value, list)
+            else "unknown"
+            if value is None
+            else str(value)
+        )
+
+    return {name: words(name, value) for name, value in found.items()}

@@ -1,0 +1,121 @@
+"""`plan`: which mechanism for which work, how long it takes, and the longest sequence that fits."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..benchmarking.tables import Table, size_text
+from ..planning import Workload, max_seq_len, recommend
+from .arguments import add_json, blamed, device, model, whole
+from .output import emit, seconds_text
+
+MASKS = ("key_mask", "segment_ids", "attn_bias")
+
+
+def add_to(commands: Any) -> None:
+    """The command."""
+    parser = commands.add_parser(
+        "plan", help="which mechanism fits a model, a length and a device, and why others do not"
+    )
+    add = parser.add_argument
+    add("--model", type=model, required=True, help="by name, or num_layers=2,embed_dim=512,num_heads=8,...")
+    add("--length", type=whole, required=True, metavar="N", help="tokens of a sequence")
+    add("--on", type=device, required=True, metavar="DEVICE", help="by name, or a file that calibrate wrote")
+    add("--batch", type=whole, default=1, metavar="N", help="sequences at once (default: 1)")
+    add("--training", action="store_true", help="a forward and a backward pass")
+    add("--decode", action="store_true", help="one token after another")
+    add(
+        "--approximate",
+        action="store_true",
+        help="mechanisms that estimate, or replace, softmax attention may be taken",
+    )
+    add(
+        "--no-patterns",
+        action="store_true",
+        help="mechanisms that are exact within a pattern may not be taken",
+    )
+    add("--needs", nargs="+", choices=MASKS, default=[], help="masks that will be passed")
+    add("--usable", type=share, default=0.9, metavar="PART", help="of the device's memory (default: 0.9)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, at most 1, got {text}")
+    return number
+
+
+def run(options: argparse.Namespace) -> int:
+    with blamed():
+        found = recommend(
+            Workload(
+                options.model,
+                options.length,
+                options.on,
+                batch=options.batch,
+                training=options.training,
+                decode=options.decode,
+                allow_approximate=options.approximate,
+                allow_patterns=not options.no_patterns,
+                needs=tuple(options.needs),
+                usable=options.usable,
+            )
+        )
+        limits = [limit_of(each, options) for each in found.ranked]
+    rows = [
+        [
+            str(each.mechanism),
+            each.exactness,
+            seconds_text(each.time.seconds),
+            size_text(each.memory.total),
+            each.memory.largest,
+            "yes" if each.checkpointing else "no",
+            f"{limit.length:,}",
+        ]
+        for each, limit in zip(found.ranked, limits, strict=True)
+    ]
+    kind = "at least" if options.on.kind == "datasheet" else "about"
+    headings = [
+        "mechanism",
+        "against softmax",
+        f"time, {kind}",
+        "memory",
+        "most of it",
+        "checkpointing",
+        "longest",
+    ]
+    title = f"{options.length:,} tokens, batch {options.batch}, on {options.on.name}{', training' * options.training}"
+    tables = [Table(title, headings, rows, f"Rates: {options.on.source}.", texts=2)]
+    if found.rejected:
+        rejected = [[str(each.mechanism), each.reason] for each in found.rejected]
+        tables.append(Table("not these", ["mechanism", "why"], rejected, texts=2))
+    best = found.best
+    say = f"take {best.mechanism}" if best else "nothing fits: fewer tokens, a smaller batch, or more memory"
+    data = {
+        "best": best and {"mechanism": best.mechanism.name, "options": best.mechanism.options},
+        "ranked": [
+            {"candidate": each, "longest": limit} for each, limit in zip(found.ranked, limits, strict=True)
+        ],
+        "rejected": found.rejected,
+    }
+    emit(options, data, tables, after=[say])
+    return 0
+
+
+def limit_of(candidate: Any, options: argparse.Namespace) -> Any:
+    """The longest sequence that would fit in the same way."""
+    return max_seq_len(
+        options.model.with_mechanism(candidate.mechanism),
+        options.on,
+        batch=options.batch,
+        training=options.training,
+        checkpointing=candidate.checkpointing,
+        usable=options.usable,
+    )
