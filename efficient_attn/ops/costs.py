@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..complexity import Cost, Flops, Shape
+from ..complexity.counting import FORMULAS
 from ..feature_maps import FeatureMap, formula_of
 from ..inputs import accumulation_dtype
 from ..kernels.block_sparse.pairs import multiplied_pairs
@@ -217,20 +218,8 @@ def register_flop_formulas() -> None:
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    operators = torch.ops.efficient_attn
-    formulas = {
-        operators.blocked_forward: _blocked_forward_flops,
-        operators.blocked_backward: _blocked_backward_flops,
-        operators.block_sparse_forward: _block_sparse_forward_flops,
-        operators.block_sparse_backward: _block_sparse_backward_flops,
-        operators.linear_forward: _linear_forward_flops,
-        operators.linear_backward: _linear_backward_flops,
-        operators.linear_scan: _scan_flops,
-        operators.chunked_linear_forward: chunked_linear_forward_flops,
-        operators.chunked_linear_backward: chunked_linear_backward_flops,
-        operators.chunked_linear_step: chunked_linear_step_flops,
-    }
-    for operator, formula in formulas.items():
+    for name, formula in FORMULAS.items():
+        operator = getattr(torch.ops.efficient_attn, name.removeprefix("efficient_attn::"))
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)
 
@@ -302,3 +291,19 @@ def _scan_flops(q, k, v, *rest, out_shape=None, **kwargs) -> int:  # type: ignor
     values, copies = v[4], k[2]
     inside = groups * copies * scan_pairs(length) * (size + values)
     return 2 * batch * heads * (inside + (groups + copies) * length * size * values)
+
+
+FORMULAS.update(
+    {
+        "efficient_attn::blocked_forward": _blocked_forward_flops,
+        "efficient_attn::blocked_backward": _blocked_backward_flops,
+        "efficient_attn::block_sparse_forward": _block_sparse_forward_flops,
+        "efficient_attn::block_sparse_backward": _block_sparse_backward_flops,
+        "efficient_attn::linear_forward": _linear_forward_flops,
+        "efficient_attn::linear_backward": _linear_backward_flops,
+        "efficient_attn::linear_scan": _scan_flops,
+        "efficient_attn::chunked_linear_forward": chunked_linear_forward_flops,
+        "efficient_attn::chunked_linear_backward": chunked_linear_backward_flops,
+        "efficient_attn::chunked_linear_step": chunked_linear_step_flops,
+    }
+)
