@@ -189,6 +189,8 @@ COSTS = (
     "training_flops_are_counted",
     "torch_flops_are_what_torch_counts",
     "saved_bytes_are_measured",
+    "peak_bytes_are_bounded",
+    "decoding_traffic_is_the_state_once",
     "largest_intermediate_grows_as_declared",
     "declared_time_is_the_cost",
     "declared_decoding_is_the_cost",

@@ -66,14 +66,17 @@ def linear_kernel_cost(
         flops = Flops(flops.forward, flops.backward + flops.recompute)
     # Of each row its total weight; in half precision also what rounding took from the output.
     saved = shape.input_bytes + shape.output_bytes * (1 + s.halves) + 4 * s.rows
-    workspace = 0 if phase == "decode" else 4 * counts.workspace(s, training)
+    workspace = 0 if phase == "decode" else 4 * (counts.workspace(s, training) + s.rows)
+    workspace += shape.input_bytes * training
+    kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
         params=phi.params(),
         saved_bytes=saved if training else 0,
-        peak_bytes=(2 if training else 1) * saved + workspace,
+        peak_bytes=kept + workspace,
+        transient_bytes=workspace,
         terms=dict(forward),
     )
 

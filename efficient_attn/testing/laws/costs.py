@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...complexity import Shape
 from ...mechanisms import LinearMechanism, Mechanism, SoftmaxMechanism
 from ...ops.costs import register_flop_formulas
-from ..counting import count, saved_bytes
+from ..counting import count, peak_bytes, saved_bytes
 from ..sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, in_dtype, lengths, sample
 from .law import expect, law
 
@@ -149,6 +150,25 @@ def saved_bytes_are_measured(mechanism: Mechanism) -> int:
     return cases
 
 
+@law()
+def peak_bytes_are_bounded(mechanism: Mechanism) -> int:
+    """What is allocated at once, forward and backward, is at most the declared peak, which is at most 4 times that."""
+    cases = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        m = in_dtype(mechanism, dtype)
+        m.backend = m._default_backend()
+        for length in (min(m.max_seq_len or 1024, 1024), LENGTH):
+            for training in (False, True):
+                inputs = sample(m, length, dtype=dtype, grad=training, batch=1, v_head_dim=EQUAL)
+                measured = peak_bytes(m, inputs, [*m.parameters(), *m.buffers()])
+                shape = replace(_shape(m, length, length, dtype, EQUAL), batch=1)
+                declared = m.cost(shape, training=training).peak_bytes
+                what = f"{measured} bytes at once, declared {declared}: length {length}, {dtype}, {training=}"
+                expect(measured <= declared <= 4 * measured, what)
+                cases += 1
+    return cases
+
+
 @law(lambda m: m.max_seq_len is None)
 def largest_intermediate_grows_as_declared(mechanism: Mechanism) -> int:
     """Forward and backward, no tensor grows faster with the length than the declared memory."""
@@ -192,6 +212,35 @@ def declared_decoding_is_the_cost(mechanism: Mechanism) -> int:
         declared = mechanism.complexity.degree(name)
         expect(abs(grown - declared) < 0.05, f"{name} grows like L^{grown:.3f}, declared L^{declared:g}")
     return 2
+
+
+@law(lambda m: m.is_causal)
+def decoding_traffic_is_the_state_once(mechanism: Mechanism) -> int:
+    """A step reads the state and its tokens once; it writes its output, and no more of the state than there is."""
+    for tokens in (1, 5):
+        for dtype in (torch.float32, torch.bfloat16):
+            m = in_dtype(mechanism, dtype)
+            q, k, v = sample(m, LENGTH + tokens, dtype=dtype)
+            state = m.init_state(len(k), k.shape[1], k.shape[3], v_head_dim=v.shape[3], dtype=dtype)
+            (q, new_q), (k, new_k), (v, new_v) = (x.split([LENGTH, tokens], 2) for x in (q, k, v))
+            _, state = m.step(q, k, v, state)
+            before, fresh = state.nbytes, sum(x.numel() for x in (new_q, new_k, new_v)) * dtype.itemsize
+            out, state = m.step(new_q, new_k, new_v, state)
+            cost = m.cost(_shape(m, tokens, LENGTH + tokens, dtype), phase="decode")
+            read, grown = before + fresh, state.nbytes - before
+            expect(
+                cost.bytes_read == read,
+                f"{read} bytes to read, declared {cost.bytes_read}: {tokens}, {dtype}",
+            )
+            expect(
+                grown == tokens * cost.kv_bytes_per_token,
+                f"the state grew by {grown}, declared {cost.kv_bytes_per_token} a token: {dtype}",
+            )
+            changed = cost.bytes_written - out.nbytes
+            expect(
+                grown <= changed <= state.nbytes, f"{changed} bytes of the state change: {tokens}, {dtype}"
+            )
+    return 4
 
 
 @law()
