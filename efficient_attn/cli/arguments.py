@@ -187,8 +187,14 @@ def layer_of(options: argparse.Namespace) -> Model:
 
 
 def built(spec: MechanismSpec, layer: Model, length: int) -> Mechanism:
-    """The mechanism for `length` tokens. Raises CommandError if it cannot be built."""
+    """The mechanism for `length` tokens, ready to run. Raises CommandError if it cannot be built."""
     with blamed(spelled(spec)):
+        return spec.build(layer, length)
+
+
+def sketched(spec: MechanismSpec, layer: Model, length: int) -> Mechanism:
+    """The mechanism for its cost alone: without memory for parameters that may grow with the length."""
+    with torch.device("meta"):
         return spec.build(layer, length)
 
 
@@ -200,7 +206,7 @@ def specs_of(options: argparse.Namespace, layer: Model, length: int) -> list[Mec
     for name in MECHANISMS:
         spec = MechanismSpec(name)
         try:
-            spec.build(layer, length)
+            sketched(spec, layer, length)
         except ValueError:
             continue
         found.append(spec)

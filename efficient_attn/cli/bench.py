@@ -16,16 +16,20 @@ from ..benchmarking.records import ERROR, OK, STATUSES, UNSTABLE, WRONG, Record,
 from ..benchmarking.run import is_done, measure_all
 from ..benchmarking.tables import Table, size_text, three, worst
 from ..complexity import Shape
+from ..planning import MechanismSpec, Model
 from .arguments import (
     CommandError,
     add_json,
     add_sizes,
+    blamed,
     checked_out,
     layer_of,
     lengths,
     mechanism,
     plain_dtype,
+    sketched,
     specs_of,
+    spelled,
     whole,
     with_causality,
 )
@@ -141,6 +145,8 @@ def planned(options: argparse.Namespace) -> list[Cell]:
     if threads > usable_cores():
         raise CommandError(f"--threads {threads}: this process may use {usable_cores()} cores")
     layer = layer_of(options)
+    for spec in options.mechanisms:
+        check_options(spec, layer, options.lengths[0])
     works = [WORKS[work] for work in dict.fromkeys(options.work)]
     cells = []
     for work in works:
@@ -161,6 +167,15 @@ def planned(options: argparse.Namespace) -> list[Cell]:
         )
     order = list(dict.fromkeys(cell.subject for cell in cells))
     return sorted(cells, key=lambda cell: order.index(cell.subject))
+
+
+def check_options(spec: MechanismSpec, layer: Model, length: int) -> None:
+    """Raise CommandError if the mechanism exists neither causal nor otherwise: not a cell of it could be measured."""
+    try:
+        sketched(spec, with_causality(layer, True), length)
+    except ValueError:
+        with blamed(spelled(spec)):
+            sketched(spec, with_causality(layer, False), length)
 
 
 def opened(path: Path) -> Records:

@@ -14,12 +14,12 @@ from .arguments import (
     add_json,
     add_sizes,
     blamed,
-    built,
     device,
     layer_of,
     lengths,
     mechanism,
     model,
+    sketched,
     spelled,
     with_causality,
 )
@@ -89,9 +89,9 @@ def run(options: argparse.Namespace) -> int:
 
 def cost_of(spec: Any, layer: Model, length: int, options: argparse.Namespace) -> Cost:
     """Of one layer's mechanism at `length` tokens. Raises CommandError."""
-    one = built(spec, layer, length)
     queries = 1 if options.phase == "decode" else length
     with blamed(spelled(spec)):
+        one = sketched(spec, layer, length)
         shape = shape_of(layer, options.batch, queries, length)
         return one.cost(
             shape,

@@ -11,6 +11,7 @@ from ..backends import BackendError
 from ..benchmarking.alone import judged, measure_alone
 from ..benchmarking.cells import DECODE, FORWARD, TRAINING, Cell
 from ..benchmarking.decode import measure_decode
+from ..benchmarking.gate import plain
 from ..benchmarking.records import OK
 from ..benchmarking.worker import Outcome, Unsupported
 from ..mechanisms import Mechanism
@@ -61,8 +62,9 @@ def measure(cell: Cell) -> Outcome:
 
 
 def _decode(cell: Cell, mechanism: Mechanism) -> Outcome:
+    """One position, in the form of the other works."""
     outcome = measure_decode(cell, mechanism)
-    found = outcome.result.pop("positions", {}).get(str(cell.length), {})
+    found = outcome.result.pop("positions").get(str(cell.length), {})
     found.pop("ratio", None)
-    outcome.result |= found
+    outcome.result |= {**found, "errors": plain(outcome.result["errors"])}
     return judged(outcome.result, found["seconds"]) if outcome.status == OK else outcome

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..benchmarking.cells import Cell
 from ..benchmarking.tables import rich_on
-from .output import say, seconds_text
+from .output import say
 
 
 class Remaining:
@@ -94,4 +94,11 @@ class Progress:
     def left(self) -> str:
         """About how long it will still take."""
         seconds = self.remaining.seconds
-        return f"about {seconds_text(seconds)} left" if seconds else ""
+        return f"about {rough(seconds)} left" if seconds else ""
+
+
+def rough(seconds: float) -> str:
+    """A guess, with no more digits than it deserves."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

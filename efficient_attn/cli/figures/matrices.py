@@ -92,11 +92,11 @@ def one_matrix(name: str, options: Mapping[str, Any] | None = None) -> Figure:
     """The two panels of one mechanism."""
     from .style import canvas
 
-    figure, panels = canvas(2, height=3.1)
+    figure, panels = canvas(2, height=2.7)
     for panel in panels:
         frame(panel)
     caption = draw_matrices(name, OPTIONS.get(name) if options is None else options, list(panels))
-    panels[0].set_title(caption or " ", loc="left", fontsize=8.5, weight="normal", color=FAINT)
+    panels[0].set_title(caption or " ", loc="left", fontsize=9, weight="normal", color=FAINT)
     return figure
 
 
@@ -105,7 +105,7 @@ def draw_matrices(name: str, options: Mapping[str, Any] | None, panels: list[Axe
     tokens = example()
     caption: list[str] = []
     for panel, is_causal in zip(panels, (False, True), strict=True):
-        panel.set_xlabel(f"is_causal={is_causal}", fontsize=11, color=FAINT)
+        panel.set_xlabel(f"is_causal={is_causal}", fontsize=10, color=FAINT)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             mechanism = build(name, LENGTH, options, is_causal=is_causal)

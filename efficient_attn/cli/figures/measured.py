@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...benchmarking.cells import DECODE, FORWARD
@@ -12,7 +13,7 @@ from ...benchmarking.tables import size_text
 from ...complexity import Shape
 from ...planning import Device
 from ..arguments import mechanism as spec_of
-from ..arguments import spelled, with_causality
+from ..arguments import sketched, spelled, with_causality
 from ..measuring import CAUSAL, mechanism_of
 from ..output import count_text, seconds_text
 from .data import Data, NoData
@@ -39,7 +40,7 @@ def times(data: Data) -> Figure:
     tokens_axis(axes, sorted({record["cell"]["length"] for each in found.values() for record in each}))
     axes.set(yscale="log", ylabel="forward pass")
     axes.yaxis.set_major_formatter(lambda value, _: seconds_text(value))
-    legend_below(figure, axes, 2)
+    legend_below(figure, axes, 1)
     return figure
 
 
@@ -81,7 +82,7 @@ def roofline(data: Data) -> Figure:
 def _once(figure: Figure, axes: Any) -> None:
     """A legend in which each name comes once."""
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3)
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=2)
 
 
 def _reached(data: Data) -> list[tuple[str, float, float]]:
@@ -99,7 +100,7 @@ def _expected(data: Data, length: int = 16_384) -> list[tuple[str, float]]:
     layer = data.layer
     found = []
     for spec in specs(data, layer.is_causal):
-        cost = spec.build(layer, length).cost(Shape(1, layer.num_heads, length, length, layer.head_dim))
+        cost = sketched(spec, layer, length).cost(Shape(1, layer.num_heads, length, length, layer.head_dim))
         found.append((spelled(spec), cost.flops.forward / (cost.bytes_read + cost.bytes_written)))
     return found
 
@@ -108,7 +109,7 @@ def predicted(data: Data) -> Figure:
     """What was predicted against what was measured: seconds by the roofline, and peak bytes."""
     if not data.timed:
         raise NoData(NO_RECORDS)
-    figure, (seconds, peaks) = canvas(2, width=7.6, height=4.2)
+    figure, (seconds, peaks) = canvas(rows=2, height=6.2)
     for record in data.timed:
         style: dict[str, Any] = look(record["cell"]["subject"]) | {"ls": "none"}
         expected = predicted_seconds(record, data.device) if data.device.kind == "measured" else None
@@ -122,9 +123,12 @@ def predicted(data: Data) -> Figure:
         seconds.text(
             0.5, 0.5, said, ha="center", va="center", transform=seconds.transAxes, color=FAINT, fontsize=9
         )
-    for axes, what, text in ((seconds, "seconds", seconds_text), (peaks, "peak bytes", size_text)):
+    for axes, what, text, base in (
+        (seconds, "seconds", seconds_text, 10),
+        (peaks, "peak bytes", size_text, 4),
+    ):
         if axes.lines:
-            _diagonal(axes, text)
+            _diagonal(axes, text, base)
         else:
             axes.set(xticks=[], yticks=[])
         axes.set(xlabel=f"{what}, predicted", ylabel=f"{what}, measured")
@@ -132,7 +136,7 @@ def predicted(data: Data) -> Figure:
     return figure
 
 
-def _diagonal(axes: Any, text: Any) -> None:
+def _diagonal(axes: Any, text: Callable[[float], str], base: int) -> None:
     """Equality as a line, on axes of one scale."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -141,7 +145,7 @@ def _diagonal(axes: Any, text: Any) -> None:
     axes.plot(ends, ends, color=INK, lw=1, ls="--")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=4))
+        axis.set_major_locator(LogLocator(base=base, numticks=5))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(lambda value, _: text(value))
 
@@ -172,7 +176,7 @@ def quality(data: Data) -> Figure:
         axes.annotate(name, (speed, bits), (8, 5), textcoords="offset points", fontsize=9)
     axes.axhline(data.demo["bigram_bits_per_character"], color=FAINT, ls="--", lw=1.2)
     axes.annotate("bigram", (0.02, data.demo["bigram_bits_per_character"]), (0, 3), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", fontsize=8.5, color=FAINT)  # fmt: skip
+                  textcoords="offset points", fontsize=9, color=FAINT)  # fmt: skip
     axes.margins(0.2)
     axes.set(xlabel="tokens per second in training", ylabel="bits per character, held out")
     axes.set_title("up is worse, right is faster")
@@ -186,8 +190,12 @@ def state(data: Data) -> Figure:
     layer = with_causality(data.layer, True)
     figure, axes = canvas()
     for spec in specs(data, True):
-        held = [spec.build(layer, n).cost(Shape(1, layer.num_heads, 1, n, layer.head_dim), phase="decode").state_bytes
-                for n in lengths]  # fmt: skip
+        held = [
+            sketched(spec, layer, n)
+            .cost(Shape(1, layer.num_heads, 1, n, layer.head_dim), phase="decode")
+            .state_bytes
+            for n in lengths
+        ]
         axes.plot(lengths, held, label=spelled(spec), **look(spec.name) | {"marker": ""})
     for record in data.timed:
         cell = record["cell"]

@@ -26,7 +26,7 @@ COLOURS = (
 MARKERS = "osD^vP*Xh"
 LINES = ("-", "--", "-", "-", "--", "-", "-.", "-", "-")
 """Lines of one colour family, or that often lie upon each other, differ in kind, too."""
-WIDTH, HEIGHT = 5.4, 3.7
+WIDTH, HEIGHT = 4.5, 3.5
 """Inches: small, so that ten-point letters are still letters on a phone."""
 SETTINGS: dict[str, Any] = {
     "font.size": 10,
@@ -45,7 +45,9 @@ SETTINGS: dict[str, Any] = {
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.8,
     "legend.labelcolor": INK,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
@@ -88,7 +90,7 @@ def canvas(
     return figure, figure.subplots(rows, columns)
 
 
-def tokens_axis(axes: Axes, lengths: Sequence[int], most: int = 6) -> None:
+def tokens_axis(axes: Axes, lengths: Sequence[int], most: int = 5) -> None:
     """The lengths as a logarithmic axis, with few round ticks."""
     axes.set_xscale("log", base=2)
     step = max(1, -(-len(lengths) // most))
@@ -106,7 +108,7 @@ def length_text(n: float) -> str:
     return f"{n:g}"
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
+def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """The legend under the plot, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -13,7 +13,7 @@ from ...complexity import Shape
 from ...mechanisms import MECHANISMS, FullAttention
 from ...planning import MechanismSpec, Model, Recurrent, crossover, estimate_time, layer_shares
 from ...planning.models import RECURRENT_GATES
-from ..arguments import spelled
+from ..arguments import sketched, spelled
 from ..output import count_text
 from .data import Data
 from .style import INK, canvas, legend_below, length_text, look, tokens_axis
@@ -53,7 +53,7 @@ def flops(data: Data) -> Figure:
     lines = axes.contour(
         log_lengths, log_widths, counted, levels=range(7, 16), colors="white", linewidths=0.8
     )
-    axes.clabel(lines, fmt=lambda power: count_text(10**power), fontsize=8)
+    axes.clabel(lines, fmt=lambda power: count_text(10**power), fontsize=9)
     axes.set_xticks(log_lengths[::2], [length_text(1 << n) for n in log_lengths[::2]])
     axes.set_yticks(log_widths, [length_text(1 << d) for d in log_widths])
     axes.set(xlabel="tokens", ylabel="model width d")
@@ -67,7 +67,7 @@ def flops(data: Data) -> Figure:
 def memory(data: Data) -> Figure:
     """GiB kept for the backward pass by all layers: weights written out, and the fused kernel."""
     lengths = powers(512, 32_768)
-    figure, panels = canvas(rows=2, height=5.0)
+    figure, panels = canvas(rows=2, height=4.6)
     for axes, kept_by, title in zip(panels, (_eager, _fused), ("weights written out", "fused"), strict=True):
         kept = [[layers * kept_by(d, h, n) / GIB for n in lengths] for _, d, h, layers in SIZES]
         _heatmap(axes, kept, [length_text(n) for n in lengths], [size[0] for size in SIZES])
@@ -96,7 +96,7 @@ def _heatmap(axes: Any, values: list[list[float]], columns: list[str], rows: lis
             dark = norm(value) < 0.6
             text = f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
             colour = "#fefefe" if dark else "#101010"
-            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks([j + 0.5 for j in range(len(columns))], columns)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
     axes.tick_params(length=0)
@@ -126,7 +126,7 @@ def rnn(data: Data) -> Figure:
                 axes.plot(crossing, 4 * gates * crossing * RNN_WIDTH**2, "o", ms=6, mfc="none", color=INK)
                 axes.annotate(
                     f"{crossing:,}", (crossing, 4 * gates * crossing * RNN_WIDTH**2), (5, -11),
-                    textcoords="offset points", fontsize=8,
+                    textcoords="offset points", fontsize=9,
                 )  # fmt: skip
     tokens_axis(axes, lengths)
     axes.set(yscale="log", ylabel="FLOPs of a layer")
@@ -143,7 +143,7 @@ def specs(data: Data, causal: bool = False) -> Iterable[MechanismSpec]:
     """Those to draw, as far as they exist with this causality."""
     for spec in data.mechanisms or map(MechanismSpec, MECHANISMS):
         try:
-            spec.build(_layer(768, causal), 4096)
+            sketched(spec, _layer(768, causal), 4096)
         except ValueError:
             continue
         yield spec
@@ -182,7 +182,7 @@ def shares(data: Data) -> Figure:
     axes.stackplot(lengths, values, labels=labels, colors=colours, alpha=0.85)
     half = 12 * model.embed_dim - 1 if model.is_causal else 6 * model.embed_dim
     axes.axvline(half, color=INK, ls=":", lw=1.2)
-    axes.annotate(f"half at {half:,}", (half, 0.03), (5, 0), textcoords="offset points", fontsize=8.5)
+    axes.annotate(f"half at {half:,}", (half, 0.03), (5, 0), textcoords="offset points", fontsize=9)
     tokens_axis(axes, lengths)
     axes.set(ylabel="share of a layer's FLOPs", ylim=(0, 1), xlim=(lengths[0], lengths[-1]))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -197,7 +197,7 @@ def variants(data: Data) -> Figure:
     layer = data.layer
     for spec in specs(data, layer.is_causal):
         counted = [
-            spec.build(layer, n).cost(Shape(1, layer.num_heads, n, n, layer.head_dim)).flops.forward
+            sketched(spec, layer, n).cost(Shape(1, layer.num_heads, n, n, layer.head_dim)).flops.forward
             for n in lengths
         ]
         axes.plot(lengths, counted, label=spelled(spec), **look(spec.name))

@@ -16,7 +16,7 @@ from ...benchmarking.records import OK, UNSTABLE
 from ...benchmarking.tables import Table, size_text, three
 from ...complexity import Shape
 from ...mechanisms import MECHANISMS
-from ..arguments import spelled, with_causality
+from ..arguments import sketched, spelled, with_causality
 from ..bench import results_table
 from ..describe import declared_table
 from ..figures import FIGURES, Data, NoData, draw
@@ -26,7 +26,6 @@ from ..output import count_text, times_text
 from .html import definitions, document, figure_html, section, table_html, tile
 
 COST_LENGTH = 16_384
-WIDE = ("predicted",)
 MEASURED = ("times", "roofline", "predicted", "quality")
 MATRICES = tuple(name for name in FIGURES if name.startswith("matrix-"))
 THEORY = tuple(name for name in FIGURES if name not in (*MEASURED, *MATRICES))
@@ -86,7 +85,7 @@ def _figures(names: Iterable[str], data: Data) -> tuple[list[str], list[str]]:
         except NoData as why:
             missing.append(f"{picture.title}: {why}.")
             continue
-        made.append(figure_html(name, picture.title, svg, picture.caption, wide=name in WIDE))
+        made.append(figure_html(name, picture.title, svg, picture.caption))
     return made, missing
 
 
@@ -141,11 +140,12 @@ def _cost_table(data: Data) -> Table:
     rows = []
     layer = data.layer
     full: int | None = None
+    can_be_causal = {spelled(spec) for spec in specs(data, True)}
     for spec in specs(data, False):
-        causal = spelled(spec) in {spelled(other) for other in specs(data, True)}
+        causal = spelled(spec) in can_be_causal
         model = with_causality(layer, causal)
         shape = Shape(1, layer.num_heads, COST_LENGTH, COST_LENGTH, layer.head_dim)
-        cost = spec.build(model, COST_LENGTH).cost(shape, training=True)
+        cost = sketched(spec, model, COST_LENGTH).cost(shape, training=True)
         full = full or cost.flops.forward
         rows.append(
             [

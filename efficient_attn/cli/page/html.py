@@ -28,7 +28,7 @@ FACTORS = {
     "min": 60.0,
     "h": 3600.0,
 }
-NUMBER = re.compile(r"[±+]?(-?[\d,]+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([a-zA-Zµ%]*)\b.*", re.DOTALL)
+NUMBER = re.compile(r"[±+]?(-?[\d,]+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([a-zA-Zµ%]*)(?:\s.*)?", re.DOTALL)
 LONG = 48
 """Letters from which a cell may break into lines."""
 
@@ -76,11 +76,10 @@ def _cell(text: str, column: int, table: Table) -> str:
     return f'<td class="{" ".join(classes)}"{data}>{escape(text)}</td>'
 
 
-def figure_html(name: str, title: str, svg: str, caption: str, *, wide: bool = False) -> str:
+def figure_html(name: str, title: str, svg: str, caption: str) -> str:
     """A figure under its title, over its caption."""
-    kind = ' class="wide"' if wide else ""
     return (
-        f'<figure id="figure-{name}"{kind}><h3>{escape(title)}</h3>{svg}'
+        f'<figure id="figure-{name}"><h3>{escape(title)}</h3>{svg}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
