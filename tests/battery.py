@@ -190,6 +190,7 @@ COSTS = (
     "torch_flops_are_what_torch_counts",
     "saved_bytes_are_measured",
     "peak_bytes_are_bounded",
+    "declared_path_is_that_of_the_graph",
     "decoding_traffic_is_the_state_once",
     "largest_intermediate_grows_as_declared",
     "declared_time_is_the_cost",

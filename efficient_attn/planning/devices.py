@@ -12,6 +12,7 @@ from ..inputs import check_positive
 GB = 10**9
 GIB = 2**30
 KINDS = ("datasheet", "measured")
+TYPES = ("cuda", "rocm", "cpu")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Device:
         memory_bytes: of main memory.
         dtype: in which `flops_per_second` holds, such as "bfloat16".
         source: where the figures come from: a document, or how they were measured.
+        type: "cuda" (NVIDIA), "rocm" (AMD) or "cpu": which backends are planned for; the kernels run on "cuda".
         kind: "datasheet": peaks that no program exceeds, so times are lower bounds. "measured": by `calibrate`
             or by you, so times are estimates.
         mechanism_flops_per_second: what a mechanism reached of `cost`'s FLOPs in the basis "model", by the name of
@@ -40,6 +42,7 @@ class Device:
     memory_bytes: int
     dtype: str = field(default="bfloat16", kw_only=True)
     source: str = field(kw_only=True)
+    type: str = field(default="cuda", kw_only=True)
     kind: str = field(default="measured", kw_only=True)
     mechanism_flops_per_second: Mapping[str, int] = field(default_factory=dict, kw_only=True, hash=False)
 
@@ -51,6 +54,7 @@ class Device:
             check_positive(name, getattr(self, name))
         for name, rate in self.mechanism_flops_per_second.items():
             check_positive(f"mechanism_flops_per_second[{name!r}]", rate)
+        check_choice("type", self.type, TYPES)
         check_choice("kind", self.kind, KINDS)
 
     @property
@@ -75,7 +79,7 @@ _ALL = (
     _datasheet("B200", 2250, 8000, 180, "DGX B200 datasheet, a GPU of eight; half the figure with sparsity"),
     Device(
         "MI300X", 1307 * 10**12, 5300 * GB, 192 * GB,
-        source="AMD, Instinct MI300X accelerator datasheet, without sparsity", kind="datasheet",
+        source="AMD, Instinct MI300X accelerator datasheet, without sparsity", type="rocm", kind="datasheet",
     ),
 )  # fmt: skip
 

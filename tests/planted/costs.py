@@ -120,6 +120,16 @@ def time_is_declared_linear(m):
 
 
 @defect(
+    "a window said to see the whole sequence in two layers",
+    "window",
+    {"declared_path_is_that_of_the_graph": "layers to cross"},
+    missed=("declared_time_is_the_cost",),
+)
+def path_is_declared_short(m):
+    return broken(m, complexity=replace(type(m).complexity, path="2"))
+
+
+@defect(
     "a cache of every key behind a window, declared as the window",
     "full_causal",
     {"declared_decoding_is_the_cost": r"state grows like L\^1\.000, declared L\^0"},
