@@ -199,7 +199,7 @@ def list_cells(
     states = {cell: is_done(known.get(key_of(cell, prints[cell.device])), again) for cell in cells}
     rows = [["recorded" if done else "to measure", name_of(cell)] for cell, done in states.items()]
     data = [{"cell": cell.identity, "recorded": done} for cell, done in states.items()]
-    emit(options, {"cells": data}, [Table("", ["", "cell"], rows, texts=2)])
+    emit(options, {"cells": data}, [Table("", ["state", "cell"], rows, texts=2)])
     return 0
 
 
@@ -241,7 +241,7 @@ def results_table(records: list[Record]) -> Table:
         "ms: the median. ±: half the distance of the quartiles. peak: the most that was allocated at once beyond the "
         "inputs. error: relative to the definition in fp64, the largest of output and gradients."
     )
-    headings = ["mechanism", "work", "", "tokens", "ms", "±", "full / this", "peak", "error"]
+    headings = ["mechanism", "work", "status", "tokens", "ms", "±", "full / this", "peak", "error"]
     return Table("", headings, rows, note, texts=3)
 
 

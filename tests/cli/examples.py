@@ -69,6 +69,7 @@ def model(bits: float, speed: float, slope: float) -> dict[str, Any]:
     """What the demo found of one language model."""
     return {
         "bits_per_character": bits,
+        "history": [[100, bits + 0.5], [400, bits]],
         "delta_to_full": bits - 2.6,
         "delta_standard_error": 0.01,
         "crossover_length": 1024 if slope < 2 else None,

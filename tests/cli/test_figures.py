@@ -123,6 +123,8 @@ def test_predictions_are_the_roofline_of_the_device() -> None:
 def test_quality_and_state_show_what_was_found() -> None:
     named = {text.get_text(): text.xy for text in draw("quality", EVERYTHING).axes[0].texts}  # type: ignore[attr-defined]
     assert named["sliding_window"] == (11_000, 2.5)
+    assert lines(draw("learning", EVERYTHING))["full"] == [(100, 3.1), (400, 2.6)]
+    assert lines(draw("layer-time", EVERYTHING))["linear"][-1] == (4096, pytest.approx(4096e-6))
     held = dict(lines(draw("state", EVERYTHING))["full"])
     assert held[1024] == 1024 * 768 * 2 * 2, "keys and values in bfloat16"
 
@@ -200,6 +202,8 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"mechanisms": 3}')
     refused("does not hold results of", "plot", "quality", "--demo", other)
+    other.write_text('{"mechanisms": {"full": {"history": []}}}')
+    refused("lacks audit, bigram_bits_per_character", "plot", "quality", "--demo", other)
     refused("holds no records", "plot", "times", "--records", other)
     foreign = written(
         tmp_path / "cpu.jsonl", [RECORDS[0] | {"cell": RECORDS[0]["cell"] | {"section": "window"}}]

@@ -90,6 +90,16 @@ FIGURES: Mapping[str, Picture] = {
         " difference to full attention.",
         measured.quality,
     ),
+    "learning": Picture(
+        "Learning",
+        "Bits per character of held-out text by training step. The dashed line is a bigram table.",
+        measured.learning,
+    ),
+    "layer-time": Picture(
+        "One attention layer by length",
+        "Forward and backward of one layer of the demo's model, one sequence, one thread.",
+        measured.layer_time,
+    ),
     "state": Picture(
         "Decode state by length",
         "Bytes that a causal layer keeps between tokens. Lines are declared; points were measured, where records hold"
@@ -99,7 +109,7 @@ FIGURES: Mapping[str, Picture] = {
     **{
         f"matrix-{name}": Picture(
             f"The matrix of {name}",
-            "64 tokens, five passages on three subjects, A B A C B. " + matrices.LEGEND,
+            "",
             partial(lambda name, data: matrices.one_matrix(name, matrix_options(name, data)), name),
         )
         for name in MECHANISMS

@@ -14,6 +14,13 @@ from ..arguments import CommandError
 ELSEWHERE = "H100"
 """The device of estimates where none is named."""
 
+OF_A_DEMO = ("settings", "data", "bigram_bits_per_character")
+OF_A_MODEL = (
+    *("bits_per_character", "delta_to_full", "delta_standard_error", "crossover_length", "history", "audit"),
+    *("train_tokens_per_second", "train_step_peak_bytes", "scaling", "state_bytes", "sample"),
+)
+"""What figures and tables read of the demo's results."""
+
 
 class NoData(Exception):
     """This figure cannot be drawn from what there is, and why."""
@@ -71,10 +78,11 @@ def read_demo(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read {path}: {error}") from error
-    if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("mechanisms"), dict)
-        or "settings" not in found
-    ):
+    rows = found.get("mechanisms") if isinstance(found, dict) else None
+    if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
         raise CommandError(f"{path} does not hold results of examples/long_context_lm.py")
+    lacking = {name for name in OF_A_DEMO if name not in found}
+    lacking |= {name for name in OF_A_MODEL for row in rows.values() if name not in row}
+    if lacking:
+        raise CommandError(f"{path} lacks {', '.join(sorted(lacking))}: it is of another version of the demo")
     return found

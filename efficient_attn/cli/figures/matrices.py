@@ -34,6 +34,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "performer": {"num_features": 256},
     "linear": {"feature_map": "elu"},
 }
+EXAMPLE = "64 tokens, five passages on three subjects: A B A C B."
 LEGEND = (
     "|weight|, relative to the largest of its row; white is exactly 0. Rows are queries, columns are keys."
 )

@@ -38,8 +38,7 @@ def times(data: Data) -> Figure:
         lengths = [record["cell"]["length"] for record in records]
         axes.plot(lengths, [seconds_of(record) for record in records], label=subject, **look(subject))
     tokens_axis(axes, sorted({record["cell"]["length"] for each in found.values() for record in each}))
-    axes.set(yscale="log", ylabel="forward pass")
-    axes.yaxis.set_major_formatter(lambda value, _: seconds_text(value))
+    _seconds_axis(axes, "forward pass")
     legend_below(figure, axes, 1)
     return figure
 
@@ -164,24 +163,61 @@ def predicted_seconds(record: Record, device: Device) -> float | None:
 
 def quality(data: Data) -> Figure:
     """Bits per character over training speed, of the demo's models."""
-    if data.demo is None:
-        raise NoData("no results of the demo were given")
+    results = _demo(data)
     figure, axes = canvas()
-    for name, row in data.demo["mechanisms"].items():
+    for name, row in results["mechanisms"].items():
         speed, bits = row["train_tokens_per_second"], row["bits_per_character"]
         error = row.get("delta_standard_error") or 0.0
         axes.errorbar(
             speed, bits, yerr=error, label=name, capsize=3, **look(name) | {"markersize": 8, "ls": "none"}
         )
         axes.annotate(name, (speed, bits), (8, 5), textcoords="offset points", fontsize=9)
-    axes.axhline(data.demo["bigram_bits_per_character"], color=FAINT, ls="--", lw=1.2)
-    axes.annotate("bigram", (0.02, data.demo["bigram_bits_per_character"]), (0, 3), xycoords=("axes fraction", "data"),
+    bigram = results["bigram_bits_per_character"]
+    axes.axhline(bigram, color=FAINT, ls="--", lw=1.2)
+    axes.annotate("bigram", (0.02, bigram), (0, 3), xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=9, color=FAINT)  # fmt: skip
     axes.margins(0.2)
     axes.set(xlabel="tokens per second in training", ylabel="bits per character, held out")
     axes.set_title("up is worse, right is faster")
+    axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return figure
+
+
+def learning(data: Data) -> Figure:
+    """Bits per character by step."""
+    figure, axes = canvas()
+    results = _demo(data)
+    for name, row in results["mechanisms"].items():
+        axes.plot(*zip(*row["history"], strict=True), label=name, **look(name))
+    axes.axhline(results["bigram_bits_per_character"], color=FAINT, ls="--", lw=1.2, label="bigram")
+    axes.set(xlabel="training step", ylabel="bits per character, held out")
+    legend_below(figure, axes)
+    return figure
+
+
+def layer_time(data: Data) -> Figure:
+    """Seconds of one layer, forward and backward, by length."""
+    figure, axes = canvas()
+    results = _demo(data)
+    for name, row in results["mechanisms"].items():
+        took = {int(n): found["forward_backward_seconds"] for n, found in row["scaling"].items()}
+        axes.plot(list(took), list(took.values()), label=name, **look(name))
+    tokens_axis(axes, results["settings"]["scaling_lengths"])
+    _seconds_axis(axes)
+    legend_below(figure, axes)
+    return figure
+
+
+def _demo(data: Data) -> dict[str, Any]:
+    if data.demo is None:
+        raise NoData("no results of the demo were given")
+    return data.demo
+
+
+def _seconds_axis(axes: Any, label: str = "forward and backward") -> None:
+    axes.set(yscale="log", ylabel=label)
+    axes.yaxis.set_major_formatter(lambda value, _: seconds_text(value))
 
 
 def state(data: Data) -> Figure:

@@ -30,8 +30,8 @@ WIDTH, HEIGHT = 4.5, 3.5
 """Inches: small, so that ten-point letters are still letters on a phone."""
 SETTINGS: dict[str, Any] = {
     "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "normal",
     "axes.titlelocation": "left",
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,

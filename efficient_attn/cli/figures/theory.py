@@ -14,7 +14,7 @@ from ...mechanisms import MECHANISMS, FullAttention
 from ...planning import MechanismSpec, Model, Recurrent, crossover, estimate_time, layer_shares
 from ...planning.models import RECURRENT_GATES
 from ..arguments import sketched, spelled
-from ..output import count_text
+from ..output import count_text, seconds_text
 from .data import Data
 from .style import INK, canvas, legend_below, length_text, look, tokens_axis
 
@@ -107,7 +107,7 @@ def _heatmap(axes: Any, values: list[list[float]], columns: list[str], rows: lis
 
 def rnn(data: Data) -> Figure:
     """FLOPs of attention and of recurrent layers of one width, and where they cross."""
-    lengths = powers(32, 16_384)
+    lengths = powers(128, 8192)
     layer = _layer(RNN_WIDTH)
     figure, axes = canvas()
     core = [FullAttention().cost(Shape(1, layer.num_heads, n, n, HEAD_DIM)).flops.forward for n in lengths]
@@ -123,16 +123,19 @@ def rnn(data: Data) -> Figure:
         for projected in (False, True):
             crossing = crossover("full", Recurrent(kind), model=layer, projections=projected).length
             if crossing and crossing > 1:
-                axes.plot(crossing, 4 * gates * crossing * RNN_WIDTH**2, "o", ms=6, mfc="none", color=INK)
-                axes.annotate(
-                    f"{crossing:,}", (crossing, 4 * gates * crossing * RNN_WIDTH**2), (5, -11),
-                    textcoords="offset points", fontsize=9,
-                )  # fmt: skip
+                _mark(axes, crossing, 4 * gates * crossing * RNN_WIDTH**2, above=projected)
     tokens_axis(axes, lengths)
     axes.set(yscale="log", ylabel="FLOPs of a layer")
     axes.yaxis.set_major_formatter(lambda value, _: count_text(value))
     legend_below(figure, axes)
     return figure
+
+
+def _mark(axes: Any, length: int, height: float, *, above: bool) -> None:
+    """A circle where two lines cross, its length beside it: above for lines with projections, which come first."""
+    axes.plot(length, height, "o", ms=6, mfc="none", color=INK)
+    offset, side = ((-6, 6), "right") if above else ((6, -13), "left")
+    axes.annotate(f"{length:,}", (length, height), offset, textcoords="offset points", ha=side, fontsize=9)
 
 
 def _layer(width: int, causal: bool = False) -> Model:
@@ -161,10 +164,10 @@ def latency(data: Data) -> Figure:
         ]
         axes.plot(lengths, took, label=spelled(spec), **look(spec.name))
     tokens_axis(axes, lengths)
+    axes.set_yscale("log")
     kind = "at least" if data.device.kind == "datasheet" else "about"
-    axes.set(
-        yscale="log", ylabel=f"seconds, {kind}", title=f"12 layers of {model.embed_dim} on {data.device.name}"
-    )
+    axes.set(ylabel=f"time, {kind}", title=f"12 layers of {model.embed_dim} on {data.device.name}")
+    axes.yaxis.set_major_formatter(lambda value, _: seconds_text(value))
     legend_below(figure, axes)
     return figure
 

@@ -15,26 +15,29 @@ from ...benchmarking.environment import environment
 from ...benchmarking.records import OK, UNSTABLE
 from ...benchmarking.tables import Table, size_text, three
 from ...complexity import Shape
-from ...mechanisms import MECHANISMS
+from ...mechanisms import MECHANISMS, FullAttention
 from ..arguments import sketched, spelled, with_causality
 from ..bench import results_table
 from ..describe import declared_table
 from ..figures import FIGURES, Data, NoData, draw
+from ..figures.matrices import EXAMPLE
+from ..figures.matrices import LEGEND as MATRIX_LEGEND
 from ..figures.style import inline_svg
 from ..figures.theory import specs
 from ..output import count_text, times_text
 from .html import definitions, document, figure_html, section, table_html, tile
 
 COST_LENGTH = 16_384
-MEASURED = ("times", "roofline", "predicted", "quality")
+OF_BENCH = ("times", "roofline", "predicted")
+OF_DEMO = ("quality", "learning", "layer-time")
 MATRICES = tuple(name for name in FIGURES if name.startswith("matrix-"))
-THEORY = tuple(name for name in FIGURES if name not in (*MEASURED, *MATRICES))
+THEORY = tuple(name for name in FIGURES if name not in (*OF_BENCH, *OF_DEMO, *MATRICES))
 
 
 def page_of(data: Data, *, title: str = "Efficient attention, measured and counted") -> str:
     """The page. What it has no data for, it leaves out, and says so."""
     here = environment()
-    measured, missing = _figures(MEASURED, data)
+    measured, missing = _figures(OF_BENCH, data)
     theory, _ = _figures(THEORY, data)
     matrices, _ = _figures(MATRICES, data)
     sections: dict[str, tuple[str, str]] = {}
@@ -44,11 +47,11 @@ def page_of(data: Data, *, title: str = "Efficient attention, measured and count
 
     add("summary", "Summary", _tiles(data, here))
     if data.demo is not None:
-        add("demo", "Language models", *_demo(data.demo))
+        add("demo", "Language models", *_demo(data.demo), _grid(_figures(OF_DEMO, data)[0]))
     add("measured", "Measured", *_measured(data), _grid(measured), *map(_note, missing))
     add("mechanisms", "Mechanisms", table_html(declared_table()), table_html(_cost_table(data)))
     add("scaling", "Scaling", _grid(theory))
-    add("matrices", "Matrices", _grid(matrices, small=True))
+    add("matrices", "Matrices", _note(f"{EXAMPLE} {MATRIX_LEGEND}"), _grid(matrices, small=True))
     add("environment", "Environment", *_environments(data, here))
     lead = (
         f"{here['cpu']}, {here['usable_cores']} of {here['cores']} cores. {here['date'][:10]}, "
@@ -112,7 +115,7 @@ def _tiles(data: Data, here: dict[str, Any]) -> str:
             tile(f"{rows[fastest]['train_tokens_per_second']:,.0f}", f"tokens per second at most: {fastest}")
         )
     tiles.append(tile(data.device.name, "device of the estimates"))
-    tiles.append(tile(here["libraries"].get("torch", "unknown"), "torch"))
+    tiles.append(tile(here["libraries"].get("torch", "unknown").partition("+")[0], "torch"))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -129,7 +132,9 @@ def _measured(data: Data) -> list[str]:
         ]
         parts.append(
             table_html(
-                Table("Not measured, and why", ["mechanism", "work", "tokens", "", "why"], rows, texts=5)
+                Table(
+                    "Not measured, and why", ["mechanism", "work", "tokens", "status", "why"], rows, texts=5
+                )
             )
         )
     return parts
@@ -139,14 +144,13 @@ def _cost_table(data: Data) -> Table:
     """What `cost` counts at one length: causal where that exists."""
     rows = []
     layer = data.layer
-    full: int | None = None
     can_be_causal = {spelled(spec) for spec in specs(data, True)}
     for spec in specs(data, False):
         causal = spelled(spec) in can_be_causal
         model = with_causality(layer, causal)
         shape = Shape(1, layer.num_heads, COST_LENGTH, COST_LENGTH, layer.head_dim)
         cost = sketched(spec, model, COST_LENGTH).cost(shape, training=True)
-        full = full or cost.flops.forward
+        full = FullAttention(is_causal=causal).cost(shape).flops.forward
         rows.append(
             [
                 spelled(spec),
@@ -160,16 +164,20 @@ def _cost_table(data: Data) -> Table:
         )
     headings = [
         "mechanism",
-        "",
+        "form",
         "FLOPs forward",
-        "first / this",
+        "full / this",
         "kept for backward",
         "decode state",
         "parameters",
     ]
     title = f"Declared cost of {COST_LENGTH:,} tokens, {layer.num_heads} heads of {layer.head_dim}, bfloat16"
     return Table(
-        title, headings, rows, "Exact counts of attention alone, which the tests hold to be true.", texts=2
+        title,
+        headings,
+        rows,
+        "Exact counts of attention alone. full / this: against full attention that is causal or not alike.",
+        texts=2,
     )
 
 
@@ -209,7 +217,6 @@ def _demo(results: dict[str, Any]) -> list[str]:
         f"<details><summary>{escape(name)} continues</summary><pre>{escape(row['sample']['prompt'])}"
         f"<b>{escape(row['sample']['continuation'])}</b></pre></details>"
         for name, row in results["mechanisms"].items()
-        if "sample" in row
     )
     return [table_html(Table(title, headings, rows, note, texts=2)), samples]
 

@@ -80,7 +80,7 @@ def figure_html(name: str, title: str, svg: str, caption: str) -> str:
     """A figure under its title, over its caption."""
     return (
         f'<figure id="figure-{name}"><h3>{escape(title)}</h3>{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
     )
 
 
