@@ -88,7 +88,9 @@ def declared(cls: type[Mechanism]) -> dict[str, Any]:
 
 def formula(text: str) -> str:
     """A declared formula as one reads it; "0" is a decode state that does not exist."""
-    spaced = text.replace("**2", "²").replace("*", " ").replace("+", " + ").replace("/", " / ")
+    spaced = (
+        text.replace("**2", "²").replace("*", " ").replace("+", " + ").replace("/", " / ").replace("-", " - ")
+    )
     return {"0": "none", "oo": "∞"}.get(text, spaced)
 
 

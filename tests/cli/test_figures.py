@@ -121,8 +121,9 @@ def test_predictions_are_the_roofline_of_the_device() -> None:
 
 
 def test_quality_and_state_show_what_was_found() -> None:
-    named = {text.get_text(): text.xy for text in draw("quality", EVERYTHING).axes[0].texts}  # type: ignore[attr-defined]
-    assert named["sliding_window"] == (11_000, 2.5)
+    points = draw("quality", EVERYTHING).axes[0].containers
+    found = {each.get_label(): each[0].get_xydata().tolist() for each in points}
+    assert found["sliding_window"] == [[11_000, 2.5]]
     assert lines(draw("learning", EVERYTHING))["full"] == [(100, 3.1), (400, 2.6)]
     assert lines(draw("layer-time", EVERYTHING))["linear"][-1] == (4096, pytest.approx(4096e-6))
     held = dict(lines(draw("state", EVERYTHING))["full"])

@@ -94,7 +94,8 @@ def test_a_page_without_measurements_says_so(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "report.html"
     assert ran("report", "--out", out).code == 0
     text = out.read_text(encoding="utf-8")
-    assert "No records of efficient-attn bench were given." in text
+    assert "Not measured here: no records of efficient-attn bench were given." in text
+    assert 'id="measured"' not in text
     assert 'id="demo"' not in text
     assert 'id="figure-shares"' in text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"], "nothing else is left behind"

@@ -171,7 +171,6 @@ def quality(data: Data) -> Figure:
         axes.errorbar(
             speed, bits, yerr=error, label=name, capsize=3, **look(name) | {"markersize": 8, "ls": "none"}
         )
-        axes.annotate(name, (speed, bits), (8, 5), textcoords="offset points", fontsize=9)
     bigram = results["bigram_bits_per_character"]
     axes.axhline(bigram, color=FAINT, ls="--", lw=1.2)
     axes.annotate("bigram", (0.02, bigram), (0, 3), xycoords=("axes fraction", "data"),
@@ -179,8 +178,9 @@ def quality(data: Data) -> Figure:
     axes.margins(0.2)
     axes.set(xlabel="tokens per second in training", ylabel="bits per character, held out")
     axes.set_title("up is worse, right is faster")
-    axes.locator_params(axis="x", nbins=4)
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    legend_below(figure, axes)
     return figure
 
 
@@ -216,8 +216,12 @@ def _demo(data: Data) -> dict[str, Any]:
 
 
 def _seconds_axis(axes: Any, label: str = "forward and backward") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set(yscale="log", ylabel=label)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_major_formatter(lambda value, _: seconds_text(value))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def state(data: Data) -> Figure:

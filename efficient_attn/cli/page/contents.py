@@ -37,21 +37,25 @@ THEORY = tuple(name for name in FIGURES if name not in (*OF_BENCH, *OF_DEMO, *MA
 def page_of(data: Data, *, title: str = "Efficient attention, measured and counted") -> str:
     """The page. What it has no data for, it leaves out, and says so."""
     here = environment()
-    measured, missing = _figures(OF_BENCH, data)
-    theory, _ = _figures(THEORY, data)
-    matrices, _ = _figures(MATRICES, data)
+    measured, missing = _figures(OF_BENCH if data.records else (), data)
     sections: dict[str, tuple[str, str]] = {}
 
     def add(anchor: str, name: str, *parts: str) -> None:
         sections[anchor] = name, section(anchor, name, *parts)
 
-    add("summary", "Summary", _tiles(data, here))
+    left_out = (
+        () if data.records else (_note("Not measured here: no records of efficient-attn bench were given."),)
+    )
+    add("summary", "Summary", _tiles(data, here), *left_out)
     if data.demo is not None:
         add("demo", "Language models", *_demo(data.demo), _grid(_figures(OF_DEMO, data)[0]))
-    add("measured", "Measured", *_measured(data), _grid(measured), *map(_note, missing))
+    if data.records:
+        add("measured", "Measured", *_measured(data), _grid(measured), *map(_note, missing))
     add("mechanisms", "Mechanisms", table_html(declared_table()), table_html(_cost_table(data)))
-    add("scaling", "Scaling", _grid(theory))
-    add("matrices", "Matrices", _note(f"{EXAMPLE} {MATRIX_LEGEND}"), _grid(matrices, small=True))
+    theory = THEORY if data.records else (*THEORY, "roofline")
+    add("scaling", "Scaling", _grid(_figures(theory, data)[0]))
+    matrices = _grid(_figures(MATRICES, data)[0], small=True)
+    add("matrices", "Matrices", _note(f"{EXAMPLE} {MATRIX_LEGEND}"), matrices)
     add("environment", "Environment", *_environments(data, here))
     lead = (
         f"{here['cpu']}, {here['usable_cores']} of {here['cores']} cores. {here['date'][:10]}, "
@@ -121,8 +125,6 @@ def _tiles(data: Data, here: dict[str, Any]) -> str:
 
 def _measured(data: Data) -> list[str]:
     parts = [_note(f"Skipped: {complaint}") for complaint in data.complaints]
-    if not data.records:
-        return [*parts, _note("No records of efficient-attn bench were given.")]
     parts.append(table_html(results_table(data.records)))
     reasons = [r for r in data.records if r["status"] not in (OK, UNSTABLE)]
     if reasons:
@@ -204,12 +206,12 @@ def _demo(results: dict[str, Any]) -> list[str]:
         )
     longest, decoded = settings["scaling_lengths"][-1], settings["state_lengths"][-1]
     headings = [
-        *("mechanism", "leak", "bits per character", "to full", "tokens/s", "step peak"),
-        *(f"ms at {longest:,}", "quicker than full from", f"state after {decoded:,}"),
+        *("mechanism", "leak", "bits", "to full", "tokens/s", "step peak"),
+        *(f"ms at {longest:,}", "beats full from", f"state at {decoded:,}"),
     ]
     title = f"{source['source']}: context {settings['context']}, {settings['steps']} steps of {settings['batch_size']}"
     note = (
-        f"Held-out text, {source['evaluated_bytes']:,} bytes; a bigram table reaches "
+        f"bits: per character of held-out text, {source['evaluated_bytes']:,} bytes; a bigram table reaches "
         f"{results['bigram_bits_per_character']:.3f}. ±: standard error over windows, one seed. leak: the "
         "largest change of a past logit when the future is blanked. ms: forward and backward of one attention layer."
     )
