@@ -111,7 +111,9 @@ def assignments(mechanism: Mechanism, options: Mapping[str, Any] | None) -> list
 
 def formula(text: str) -> str:
     """A declared formula as one reads it; "0" is a decode state that does not exist."""
-    spaced = text.replace("**2", "²").replace("*", " ").replace("+", " + ").replace("/", " / ")
+    spaced = (
+        text.replace("**2", "²").replace("*", " ").replace("+", " + ").replace("/", " / ").replace("-", " - ")
+    )
     return {"0": "none", "oo": "∞"}.get(text, spaced)
 
 
