@@ -30,8 +30,9 @@ class Complexity:
         exactness: one of `EXACTNESS`, against full softmax attention.
         knob: the constructor argument that trades cost for fidelity, if there is one.
         sequential_steps: steps of a forward pass that must wait for each other.
-        sent: numbers that each of P ranks sends in a forward pass, the sequence split among them: keys and values
-            around a ring (Liu et al. 2023, arXiv:2310.01889), a window's edge to the neighbour, or a state.
+        sent: numbers that each of P ranks sends in a forward pass, the sequence split among them, constants kept: keys
+            and values around a ring (Liu et al. 2023, arXiv:2310.01889), the edge of a window to a neighbour, or the
+            sum of a state (a ring's all-reduce sends it twice). Derived: nothing here runs on several ranks.
         symbols: the attribute of the mechanism that says what a letter is, by letter; positions count as many.
     Raises:
         ValueError: if the exactness or a letter is unknown.
@@ -45,7 +46,7 @@ class Complexity:
     exactness: str
     knob: str | None = None
     sequential_steps: str = "1"
-    sent: str = "L*E*(P-1)/P"
+    sent: str = "2*L*E*(P-1)/P"
     symbols: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

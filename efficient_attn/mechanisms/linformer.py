@@ -53,7 +53,7 @@ class LinformerAttention(Mechanism):
         path="1",
         exactness="approximate",
         knob="rank",
-        sent="k*E*(P-1)/P",
+        sent="4*k*E*(P-1)/P",
         symbols={"k": "rank"},
     )
     key_projection: nn.Parameter

@@ -38,7 +38,7 @@ class LongformerAttention(SoftmaxMechanism):
 
     complexity = Complexity(
         time="L*(w+g)*E", memory="L*E", decode_time="(w+g)*E", state="(w+g)*E", path="2",
-        exactness="exact within a pattern", knob="window_size", sent="(w+g)*E*(P-1)/P",
+        exactness="exact within a pattern", knob="window_size", sent="2*(w+g)*E*(P-1)/P",
         symbols={"w": "window_size", "g": "global_tokens"},
     )  # fmt: skip
 

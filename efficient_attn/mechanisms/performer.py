@@ -35,7 +35,7 @@ class PerformerAttention(LinearMechanism):
 
     complexity = Complexity(
         time="L*m*E", memory="L*E+m*E", decode_time="m*E", state="m*E", path="1",
-        exactness="approximate", knob="num_features", sent="m*E*(P-1)/P",
+        exactness="approximate", knob="num_features", sent="2*m*E*(P-1)/P",
         symbols={"m": "num_features"},
     )  # fmt: skip
     feature_map: Favor

@@ -4,6 +4,7 @@ Sizes are integers in bytes (GiB is 2^30, GB is 10^9), times are in seconds, FLO
 """
 
 from .calibration import calibrate, load_device, save_device
+from .communication import sent_bytes
 from .costs import MemoryNeeds, ModelCost, model_cost
 from .crossovers import METRICS, Crossover, crossover
 from .devices import DEVICES, Device
@@ -42,4 +43,5 @@ __all__ = [
     "path_length",
     "recommend",
     "save_device",
+    "sent_bytes",
 ]
