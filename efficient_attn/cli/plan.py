@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from ..benchmarking.tables import Table, size_text
-from ..planning import Workload, max_seq_len, recommend
-from .arguments import add_json, blamed, device, model, whole
+from ..planning import Candidate, LengthLimit, Rejection, Workload, max_seq_len, recommend
+from .arguments import add_json, blamed, device, model, spelled, whole
 from .output import emit, seconds_text
 
+MOST = 2**20
+"""Where the search for the longest sequence ends."""
 MASKS = ("key_mask", "segment_ids", "attn_bias")
 
 
@@ -37,6 +40,7 @@ def add_to(commands: Any) -> None:
     )
     add("--needs", nargs="+", choices=MASKS, default=[], help="masks that will be passed")
     add("--usable", type=share, default=0.9, metavar="PART", help="of the device's memory (default: 0.9)")
+    add("--longest", action="store_true", help=f"say up to which length each fits, at most {MOST:,}")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -68,48 +72,53 @@ def run(options: argparse.Namespace) -> int:
                 usable=options.usable,
             )
         )
-        limits = [limit_of(each, options) for each in found.ranked]
+        limits = [limit_of(each, options) if options.longest else None for each in found.ranked]
+    pairs = list(zip(found.ranked, limits, strict=True))
+    best = found.best
+    data = {
+        "best": best and {"mechanism": best.mechanism.name, "options": best.mechanism.options},
+        "ranked": [{"candidate": each, "longest": limit} for each, limit in pairs],
+        "rejected": found.rejected,
+    }
+    verdict = "nothing fits: fewer tokens, a smaller batch, or more memory"
+    if best:
+        verdict = f"take {spelled(best.mechanism)}"
+    emit(options, data, _tables(pairs, found.rejected, options), after=[verdict])
+    return 0
+
+
+def _tables(
+    pairs: Sequence[tuple[Candidate, LengthLimit | None]],
+    rejected: Sequence[Rejection],
+    options: argparse.Namespace,
+) -> list[Table]:
+    """What can do it, and what cannot."""
     rows = [
         [
-            str(each.mechanism),
+            spelled(each.mechanism),
             each.exactness,
             seconds_text(each.time.seconds),
             size_text(each.memory.total),
             each.memory.largest,
             "yes" if each.checkpointing else "no",
-            f"{limit.length:,}",
+            *([f"{limit.length:,}"] if limit else []),
         ]
-        for each, limit in zip(found.ranked, limits, strict=True)
+        for each, limit in pairs
     ]
     kind = "at least" if options.on.kind == "datasheet" else "about"
-    headings = [
-        "mechanism",
-        "against softmax",
-        f"time, {kind}",
-        "memory",
-        "most of it",
-        "checkpointing",
-        "longest",
-    ]
-    title = f"{options.length:,} tokens, batch {options.batch}, on {options.on.name}{', training' * options.training}"
-    tables = [Table(title, headings, rows, f"Rates: {options.on.source}.", texts=2)]
-    if found.rejected:
-        rejected = [[str(each.mechanism), each.reason] for each in found.rejected]
-        tables.append(Table("not these", ["mechanism", "why"], rejected, texts=2))
-    best = found.best
-    say = f"take {best.mechanism}" if best else "nothing fits: fewer tokens, a smaller batch, or more memory"
-    data = {
-        "best": best and {"mechanism": best.mechanism.name, "options": best.mechanism.options},
-        "ranked": [
-            {"candidate": each, "longest": limit} for each, limit in zip(found.ranked, limits, strict=True)
-        ],
-        "rejected": found.rejected,
-    }
-    emit(options, data, tables, after=[say])
-    return 0
+    headings = ["mechanism", "against softmax", f"time, {kind}", "memory", "most of it", "checkpointing"]
+    if options.longest:
+        headings.append("longest")
+    what = ", training" if options.training else ", one more token" if options.decode else ""
+    title = f"{options.length:,} tokens, batch {options.batch}{what}, on {options.on.name}"
+    made = [Table(title, headings, rows, f"Rates: {options.on.source}.", texts=2)]
+    if rejected:
+        reasons = [[spelled(each.mechanism), each.reason] for each in rejected]
+        made.append(Table("not these", ["mechanism", "why"], reasons, texts=2))
+    return made
 
 
-def limit_of(candidate: Any, options: argparse.Namespace) -> Any:
+def limit_of(candidate: Candidate, options: argparse.Namespace) -> LengthLimit:
     """The longest sequence that would fit in the same way."""
     return max_seq_len(
         options.model.with_mechanism(candidate.mechanism),
@@ -118,4 +127,5 @@ def limit_of(candidate: Any, options: argparse.Namespace) -> Any:
         training=options.training,
         checkpointing=candidate.checkpointing,
         usable=options.usable,
+        at_most=MOST,
     )

@@ -104,16 +104,41 @@ def test_crossover_of_full_and_linear_is_the_head_size() -> None:
 def test_plan_ranks_and_says_why_not() -> None:
     arguments = ("plan", "--model", TINY, "--length", "4k", "--on", "H100", "--needs", "segment_ids")
     found = ran(*arguments, "--json").json
-    assert found["best"]["name" if "name" in found["best"] else "mechanism"] in MECHANISMS
+    assert found["best"]["mechanism"] in MECHANISMS
     assert {each["mechanism"]["name"] for each in found["rejected"]} >= {"longformer", "linformer"}
-    assert all(each["longest"]["length"] >= 4096 for each in found["ranked"])
+    assert {each["longest"] for each in found["ranked"]} == {None}
     shown = ran(*arguments)
     assert shown.code == 0
     assert "not these" in shown.out
     assert f"take {found['best']['mechanism']}" in shown.out
 
 
-def test_calibrate_writes_a_device_that_other_commands_take(tmp_path: Path) -> None:
+def test_plan_says_how_long_a_sequence_fits() -> None:
+    arguments = (
+        "--model",
+        TINY,
+        "--length",
+        "1k",
+        "--on",
+        "RTX 3090",
+        "--usable",
+        "0.00002",
+        "--no-patterns",
+    )
+    ranked = ran("plan", *arguments, "--longest", "--json").json["ranked"]
+    assert ranked
+    for each in ranked:
+        limit = each["longest"]
+        assert 1024 <= limit["length"] < 2**20
+        assert each["candidate"]["memory"]["weights"] == limit["memory"]["weights"]
+    assert ran("plan", *arguments[:-3], "--usable", "1e-9").out.rstrip().endswith("or more memory")
+
+
+def test_calibrate_writes_a_device_that_other_commands_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efficient_attn.planning.calibration.PRODUCT_SIZES", (256,))
+    monkeypatch.setattr("efficient_attn.planning.calibration.COPIED_BYTES", 2**20)
     out = tmp_path / "device.json"
     found = ran("calibrate", "--seconds", "0.02", "--out", out, "--json")
     assert found.code == 0, found.err
@@ -132,7 +157,10 @@ def test_calibrate_writes_a_device_that_other_commands_take(tmp_path: Path) -> N
         ("full has no option 'window'", ["info", "full:window=3"]),
         ("window_size must be >= 1, got 0", ["cost", "sliding_window:window_size=0"]),
         ("at least 1, got 0", ["cost", "full", "--length", "0"]),
-        ("must be a multiple of num_kv_heads", ["cost", "full", "--heads", "8", "--kv-heads", "3"]),
+        (
+            "num_kv_heads must divide num_heads = 8, got 3",
+            ["cost", "full", "--heads", "8", "--kv-heads", "3"],
+        ),
         ("backend must be one of", ["cost", "full", "--backend", "magic"]),
         ("--on: estimates are for whole models", ["cost", "full", "--on", "H100"]),
         ("linformer: ", ["cost", "linformer", "--causal"]),
