@@ -113,9 +113,16 @@ def _tables(
     title = f"{options.length:,} tokens, batch {options.batch}{what}, on {options.on.name}"
     made = [Table(title, headings, rows, f"Rates: {options.on.source}.", texts=2)]
     if rejected:
-        reasons = [[spelled(each.mechanism), each.reason] for each in rejected]
+        reasons = [[spelled(each.mechanism), _in_words_of_the_command(each.reason)] for each in rejected]
         made.append(Table("not these", ["mechanism", "why"], reasons, texts=2))
     return made
+
+
+def _in_words_of_the_command(reason: str) -> str:
+    """What admits a mechanism, as one asks for it here."""
+    return reason.replace("allow_approximate=True admits", "--approximate admits").replace(
+        "allow_patterns=True admits", "leaving out --no-patterns admits"
+    )
 
 
 def limit_of(candidate: Candidate, options: argparse.Namespace) -> LengthLimit:

@@ -122,7 +122,7 @@ def test_plan_says_how_long_a_sequence_fits() -> None:
         "--on",
         "RTX 3090",
         "--usable",
-        "0.00002",
+        "0.001",
         "--no-patterns",
     )
     ranked = ran("plan", *arguments, "--longest", "--json").json["ranked"]
