@@ -11,10 +11,11 @@ from ...benchmarking.cells import DECODE, FORWARD
 from ...benchmarking.records import Record
 from ...benchmarking.tables import size_text
 from ...complexity import Shape
+from ...mechanisms import MECHANISMS
 from ...planning import Device
 from ..arguments import mechanism as spec_of
 from ..arguments import sketched, spelled, with_causality
-from ..measuring import CAUSAL, mechanism_of
+from ..measuring import CAUSAL
 from ..output import count_text, seconds_text
 from .data import Data, NoData
 from .style import FAINT, INK, canvas, legend_below, look, tokens_axis
@@ -151,13 +152,11 @@ def _diagonal(axes: Any, text: Callable[[float], str], base: int) -> None:
 
 def predicted_seconds(record: Record, device: Device) -> float | None:
     """By the roofline, at the rate that the mechanism reached when the device was calibrated, if it was."""
-    from ...benchmarking.cells import Cell
-
     declared = record["result"].get("declared")
     if declared is None or record["cell"]["dtype"] != device.dtype:
         return None
-    cls = type(mechanism_of(Cell.from_identity(record["cell"]))).__name__
-    rate = device.mechanism_flops_per_second.get(cls, device.flops_per_second)
+    cls = MECHANISMS[spec_of(record["cell"]["subject"].removesuffix(CAUSAL)).name]
+    rate = device.mechanism_flops_per_second.get(cls.__name__, device.flops_per_second)
     return max(declared["flops"] / rate, declared["bytes"] / device.bytes_per_second)
 
 
