@@ -102,13 +102,18 @@ def sections() -> dict[str, str]:
 
 
 def filled_in(readme: str) -> str:
-    """`readme` with each part between `<!-- name:begin -->` and `<!-- name:end -->` generated afresh."""
-    for name, table in sections().items():
+    """`readme` with its tables generated afresh."""
+    return put(readme, sections())
+
+
+def put(readme: str, parts: Mapping[str, str]) -> str:
+    """`readme` with each part between its `<!-- name:begin -->` and `<!-- name:end -->`."""
+    for name, part in parts.items():
         before, begin, rest = readme.partition(f"<!-- {name}:begin -->\n")
         _, end, after = rest.partition(f"<!-- {name}:end -->")
         if not end:
             raise LookupError(f"the README has no <!-- {name}:begin --> ... <!-- {name}:end -->")
-        readme = f"{before}{begin}{table}\n{end}{after}"
+        readme = f"{before}{begin}{part}\n{end}{after}"
     return readme
 
 

@@ -113,4 +113,6 @@ def _table(
         headings.append(f"{'at least' if options.on.kind == 'datasheet' else 'about'}, {options.on.name}")
     title = f"{length:,} tokens, {described(layer, options)}"
     note = "FLOPs of attention alone. A whole layer gains less: efficient-attn cost --model counts it."
+    if options.on:
+        note += " Time: of a layer, its four projections included."
     return Table(title, headings, rows, note, texts=2)
