@@ -37,8 +37,8 @@ DECLARED = """\
 
 Per batch row and head. L length, E head size, w window, g global tokens, s stride, b block, r blocks a row, m features,
 k rank, P ranks. Constant factors are left out, except of what a rank sends when a sequence is split among P (derived,
-never run). The tests hold time against what is counted from 4,096 to 1,048,576 tokens, the state and the time of a token
-against what is counted, and the path against walks over the matrix.
+never run). The tests hold time against what is counted from 4,096 to 1,048,576 tokens, the state and the time of a
+token against what is counted, and the path against walks over the matrix.
 """
 
 ARTICLE = """\

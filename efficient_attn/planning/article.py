@@ -84,8 +84,8 @@ def pairs() -> Table:
         "The Quadratic Bottleneck; and Why attention cost grows with sequence length",
         ("tokens", "article: pairs", "causal pairs", "core of attention", "whole layer"),
         tuple(rows),
-        "Doubling a sequence quadruples the core of attention alone. A layer with its projections and its FFN, 24 n d^2 "
-        "FLOPs, is doubled by it while n is far below 6 d, and quadrupled far above.",
+        "Doubling a sequence quadruples the core of attention alone. A layer with projections and FFN, 24 n d^2 "
+        "FLOPs more, is doubled by it while n is far below 6 d, and quadrupled far above.",
     )
 
 
