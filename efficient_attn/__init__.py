@@ -1,6 +1,6 @@
 """Efficient attention for PyTorch: mechanisms that share one interface, and say what they cost."""
 
-from . import masks
+from . import masks, planning
 from .backends import BackendError
 from .complexity import Complexity, Cost, Shape, count_flops
 from .integrations.torch_mha import MultiheadAttention
@@ -44,5 +44,6 @@ __all__ = [
     "count_flops",
     "create_mechanism",
     "masks",
+    "planning",
     "segment_ids_from_cu_seqlens",
 ]

@@ -70,8 +70,8 @@ def _datasheet(name: str, tflops: int, gb_per_second: int, gb: int, source: str)
 
 
 _ALL = (
-    _datasheet("RTX 3090", 71, 936, 24, "Ampere GA102 GPU architecture whitepaper, appendix, table 9"),
-    _datasheet("RTX 4090", 165, 1008, 24, "Ada GPU architecture whitepaper, appendix A"),
+    _datasheet("RTX 3090", 71, 936, 24, "Ampere GA102 GPU architecture whitepaper"),
+    _datasheet("RTX 4090", 165, 1008, 24, "Ada GPU architecture whitepaper"),
     _datasheet("A100 40GB", 312, 1555, 40, "A100 Tensor Core GPU datasheet"),
     _datasheet("A100 80GB", 312, 2039, 80, "A100 Tensor Core GPU datasheet, SXM"),
     _datasheet("H100", 989, 3350, 80, "H100 Tensor Core GPU datasheet, SXM; half the figure with sparsity"),
