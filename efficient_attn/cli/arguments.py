@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ..mechanisms import MECHANISMS, Mechanism
+from ..mechanisms import MECHANISMS, Mechanism, create_mechanism
 from ..planning import DEVICES, MODELS, Device, MechanismSpec, Model, load_device
+from ..planning.models import customary_options
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -187,15 +188,20 @@ def layer_of(options: argparse.Namespace) -> Model:
 
 
 def built(spec: MechanismSpec, layer: Model, length: int) -> Mechanism:
-    """The mechanism for `length` tokens, ready to run. Raises CommandError if it cannot be built."""
-    with blamed(spelled(spec)):
-        return spec.build(layer, length)
+    """The mechanism for `length` tokens, ready to run; `spec.build` gives one that can only be counted.
 
-
-def sketched(spec: MechanismSpec, layer: Model, length: int) -> Mechanism:
-    """The mechanism for its cost alone: without memory for parameters that may grow with the length."""
-    with torch.device("meta"):
-        return spec.build(layer, length)
+    Raises:
+        ValueError, TypeError: if it cannot be built.
+    """
+    return create_mechanism(
+        spec.name,
+        num_heads=layer.num_heads,
+        head_dim=layer.head_dim,
+        num_kv_heads=layer.num_kv_heads,
+        max_seq_len=length,
+        is_causal=layer.is_causal,
+        **{**customary_options(spec.name, length), **spec.options},
+    )
 
 
 def specs_of(options: argparse.Namespace, layer: Model, length: int) -> list[MechanismSpec]:
@@ -206,7 +212,7 @@ def specs_of(options: argparse.Namespace, layer: Model, length: int) -> list[Mec
     for name in MECHANISMS:
         spec = MechanismSpec(name)
         try:
-            sketched(spec, layer, length)
+            spec.build(layer, length)
         except ValueError:
             continue
         found.append(spec)

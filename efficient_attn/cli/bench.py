@@ -27,14 +27,13 @@ from .arguments import (
     lengths,
     mechanism,
     plain_dtype,
-    sketched,
     specs_of,
     spelled,
     whole,
     with_causality,
 )
 from .describe import raise_no_cuda
-from .measuring import WORKS, cells_of, measure, mechanism_of
+from .measuring import WORKS, cells_of, layer_of_cell, measure, spec_of
 from .output import emit, say, seconds_text, times_text
 from .progress import Progress, Remaining
 
@@ -172,10 +171,10 @@ def planned(options: argparse.Namespace) -> list[Cell]:
 def check_options(spec: MechanismSpec, layer: Model, length: int) -> None:
     """Raise CommandError if the mechanism exists neither causal nor otherwise: not a cell of it could be measured."""
     try:
-        sketched(spec, with_causality(layer, True), length)
-    except ValueError:
+        spec.build(with_causality(layer, True), length)
+    except (ValueError, TypeError):
         with blamed(spelled(spec)):
-            sketched(spec, with_causality(layer, False), length)
+            spec.build(with_causality(layer, False), length)
 
 
 def opened(path: Path) -> Records:
@@ -207,7 +206,8 @@ def flops_of(cell: Cell) -> int:
     """What a cell's time is guessed by."""
     sizes = cell.batch, cell.heads, cell.length, cell.length, cell.head_dim
     try:
-        return mechanism_of(cell).cost(Shape(*sizes, dtype=getattr(torch, cell.dtype))).flops.forward
+        sketch = spec_of(cell).build(layer_of_cell(cell), cell.length)
+        return sketch.cost(Shape(*sizes, dtype=getattr(torch, cell.dtype))).flops.forward
     except ValueError:
         return 1
 

@@ -19,7 +19,6 @@ from .arguments import (
     lengths,
     mechanism,
     model,
-    sketched,
     spelled,
     with_causality,
 )
@@ -91,7 +90,7 @@ def cost_of(spec: Any, layer: Model, length: int, options: argparse.Namespace) -
     """Of one layer's mechanism at `length` tokens. Raises CommandError."""
     queries = 1 if options.phase == "decode" else length
     with blamed(spelled(spec)):
-        one = sketched(spec, layer, length)
+        one = spec.build(layer, length)
         shape = shape_of(layer, options.batch, queries, length)
         return one.cost(
             shape,

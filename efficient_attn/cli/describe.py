@@ -96,7 +96,8 @@ def formula(text: str) -> str:
 
 def run_info(options: argparse.Namespace) -> int:
     layer = layer_of(options)
-    chosen = built(options.mechanism, layer, options.length)
+    with blamed(spelled(options.mechanism)):
+        chosen = built(options.mechanism, layer, options.length)
     cls = type(chosen)
     says = declared(cls)
     arguments = {

@@ -16,8 +16,7 @@ from ..benchmarking.records import OK
 from ..benchmarking.worker import Outcome, Unsupported
 from ..mechanisms import Mechanism
 from ..planning import MechanismSpec, Model
-from .arguments import mechanism as spec_of
-from .arguments import spelled
+from .arguments import built, mechanism, spelled
 
 WORKS = {"forward": FORWARD, "training": TRAINING, "decode": DECODE}
 CAUSAL = " causal"
@@ -39,13 +38,20 @@ def cells_of(
     return cells
 
 
+def spec_of(cell: Cell) -> MechanismSpec:
+    """The mechanism that `cell` measures, by its name and options."""
+    return mechanism(cell.subject.removesuffix(CAUSAL))
+
+
+def layer_of_cell(cell: Cell) -> Model:
+    """The layer that it belongs to."""
+    width, causal = cell.heads * cell.head_dim, cell.subject.endswith(CAUSAL)
+    return Model(1, width, cell.heads, head_dim=cell.head_dim, ffn_dim=0, is_causal=causal)
+
+
 def mechanism_of(cell: Cell) -> Mechanism:
     """The mechanism that `cell` measures. Raises ValueError if it cannot be built for these sizes."""
-    name, causal = cell.subject.removesuffix(CAUSAL), cell.subject.endswith(CAUSAL)
-    layer = Model(
-        1, cell.heads * cell.head_dim, cell.heads, head_dim=cell.head_dim, ffn_dim=0, is_causal=causal
-    )
-    return spec_of(name).build(layer, cell.length).eval()
+    return built(spec_of(cell), layer_of_cell(cell), cell.length).eval()
 
 
 def measure(cell: Cell) -> Outcome:
@@ -53,17 +59,17 @@ def measure(cell: Cell) -> Outcome:
     torch.set_num_threads(cell.threads)
     torch.manual_seed(0)
     try:
-        mechanism = mechanism_of(cell)
-        outcome = _decode(cell, mechanism) if cell.work == DECODE else measure_alone(cell, mechanism)
-    except (BackendError, NotImplementedError, ValueError) as refusal:
+        subject = mechanism_of(cell)
+        outcome = _decode(cell, subject) if cell.work == DECODE else measure_alone(cell, subject)
+    except (BackendError, ValueError) as refusal:
         raise Unsupported(" ".join(str(refusal).split())) from refusal
     outcome.spent = cell.device != "cpu"
     return outcome
 
 
-def _decode(cell: Cell, mechanism: Mechanism) -> Outcome:
+def _decode(cell: Cell, subject: Mechanism) -> Outcome:
     """One position, in the form of the other works."""
-    outcome = measure_decode(cell, mechanism)
+    outcome = measure_decode(cell, subject)
     found = outcome.result.pop("positions").get(str(cell.length), {})
     found.pop("ratio", None)
     outcome.result |= {**found, "errors": plain(outcome.result["errors"])}

@@ -11,7 +11,7 @@ from ..mechanisms import MECHANISMS, Mechanism
 from ..planning import MechanismSpec, Model
 from ..testing import LAWS, LawReport, check_mechanism
 from ..testing.sampling import HEAD_DIM, HEADS, KV_HEADS
-from .arguments import CommandError, add_json, blamed, known, mechanism, spelled, whole
+from .arguments import CommandError, add_json, blamed, built, known, mechanism, spelled, whole
 from .output import emit, say
 from .truths import ADVISORY, Truth, truths
 
@@ -87,7 +87,7 @@ def _subjects(options: argparse.Namespace) -> list[tuple[str, Mechanism]]:
                     is_causal=causal,
                 )
                 with blamed(named):
-                    subjects.append((named, spec.build(layer, options.length)))
+                    subjects.append((named, built(spec, layer, options.length)))
                 continue
             subjects.append((named, next(each for each in examples if each.is_causal == causal)))
     return subjects

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficient_attn import LinearAttention, SlidingWindowAttention
+from efficient_attn import MECHANISMS, LinearAttention, SlidingWindowAttention
 from efficient_attn.benchmarking import alone, environment
 from efficient_attn.benchmarking.alone import judged, measure_alone
 from efficient_attn.benchmarking.cells import DECODE, FORWARD, TRAINING, Cell
@@ -102,11 +102,13 @@ def test_whatever_becomes_of_a_cell_is_a_record_and_the_next_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "bench.jsonl"
-    told(monkeypatch, "unsupported", "killed", "raises", "hangs")
-    found = ran("bench", "--out", out, "--timeout", "8", "--json")
-    statuses = [record["status"] for record in found.json["records"]]
-    assert statuses == [UNSUPPORTED, OOM, ERROR, TIMEOUT]
+    told(monkeypatch, "unsupported", "killed", "raises")
+    found = ran("bench", "--out", out, "--json")
+    assert [record["status"] for record in found.json["records"]] == [UNSUPPORTED, OOM, ERROR]
     assert found.code == 1, "an error is no success"
+    told(monkeypatch, "hangs")
+    (hung,) = ran("bench", "--out", out, "--timeout", "1", "--json").json["records"]
+    assert hung["status"] == TIMEOUT
     told(monkeypatch, "unsupported", "killed", "raises")
     monkeypatch.setattr(Worker, "run", lambda self, cell: Outcome(UNSUPPORTED, "again"))
     assert ran("bench", "--out", out).err.count("(recorded)") == 2, "only the error is measured again"
@@ -165,6 +167,23 @@ def test_samples_that_lie_far_apart_are_unstable() -> None:
     outcome = judged({}, [1.0, 1.0, 3.0, 3.0])
     assert outcome.status == UNSTABLE
     assert "span 100% of the median" in outcome.reason
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("work", [FORWARD, TRAINING])
+def test_every_mechanism_can_be_measured(name: str, work: str) -> None:
+    outcome = measure(replace(CELL, subject=name, work=work, length=100, heads=2))
+    assert outcome.status in (OK, UNSTABLE), outcome
+    assert outcome.result["declared"]["flops"] > 0
+
+
+def test_a_mistake_of_ours_is_an_error_and_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(cell: Cell, mechanism: Any) -> Outcome:
+        raise NotImplementedError("Cannot copy out of meta tensor")
+
+    monkeypatch.setattr(measuring, "measure_alone", mistaken)
+    with pytest.raises(NotImplementedError):
+        measure(CELL)
 
 
 def test_what_a_mechanism_refuses_is_unsupported() -> None:

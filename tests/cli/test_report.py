@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from efficient_attn import MECHANISMS
+from efficient_attn.benchmarking.cells import FORWARD, TRAINING
 from efficient_attn.benchmarking.tables import Table
-from efficient_attn.cli.figures import FIGURES
+from efficient_attn.cli.figures import FIGURES, Data
+from efficient_attn.cli.page.contents import _unmeasured
 from efficient_attn.cli.page.html import sort_value, table_html
 from efficient_attn.planning import save_device
 from tests.cli.browser import CHROMIUM, DRIVER, Browser
-from tests.cli.examples import DEVICE, RECORDS, demo, written
+from tests.cli.examples import DEVICE, RECORDS, demo, record, written
 from tests.cli.running import ran, refused
 
 
@@ -86,6 +88,13 @@ def test_what_others_wrote_is_escaped(page: Path) -> None:
     assert "&lt;script&gt;alert" in text
     assert " &lt;b&gt;&amp; the &lt;/b&gt;" in text
     assert text.count("<script>") == 1
+
+
+def test_what_has_no_number_stands_once_for_each_reason() -> None:
+    lost = [record("full", FORWARD, n, 0.0, "oom", "MemoryError") for n in (4096, 1024)]
+    (table,) = _unmeasured(Data(records=[*lost, record("full", TRAINING, 8, 0.0, "timeout", "too slow")]))
+    assert table.count("<tr>") == 1 + 2
+    assert ">1,024, 4,096</td>" in table
 
 
 def test_a_page_without_measurements_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from ...complexity import Shape
 from ...mechanisms import MECHANISMS
 from ...planning import Device
 from ..arguments import mechanism as spec_of
-from ..arguments import sketched, spelled, with_causality
+from ..arguments import spelled, with_causality
 from ..measuring import CAUSAL
 from ..output import count_text, seconds_text
 from .data import Data, NoData
@@ -100,7 +100,7 @@ def _expected(data: Data, length: int = 16_384) -> list[tuple[str, float]]:
     layer = data.layer
     found = []
     for spec in specs(data, layer.is_causal):
-        cost = sketched(spec, layer, length).cost(Shape(1, layer.num_heads, length, length, layer.head_dim))
+        cost = spec.build(layer, length).cost(Shape(1, layer.num_heads, length, length, layer.head_dim))
         found.append((spelled(spec), cost.flops.forward / (cost.bytes_read + cost.bytes_written)))
     return found
 
@@ -230,7 +230,7 @@ def state(data: Data) -> Figure:
     figure, axes = canvas()
     for spec in specs(data, True):
         held = [
-            sketched(spec, layer, n)
+            spec.build(layer, n)
             .cost(Shape(1, layer.num_heads, 1, n, layer.head_dim), phase="decode")
             .state_bytes
             for n in lengths

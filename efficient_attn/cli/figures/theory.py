@@ -13,7 +13,7 @@ from ...complexity import Shape
 from ...mechanisms import MECHANISMS, FullAttention
 from ...planning import MechanismSpec, Model, Recurrent, crossover, estimate_time, layer_shares
 from ...planning.models import RECURRENT_GATES
-from ..arguments import sketched, spelled
+from ..arguments import spelled
 from ..output import count_text, seconds_text
 from .data import Data
 from .style import INK, canvas, legend_below, length_text, look, tokens_axis
@@ -146,7 +146,7 @@ def specs(data: Data, causal: bool = False) -> Iterable[MechanismSpec]:
     """Those to draw, as far as they exist with this causality."""
     for spec in data.mechanisms or map(MechanismSpec, MECHANISMS):
         try:
-            sketched(spec, _layer(768, causal), 4096)
+            spec.build(_layer(768, causal), 4096)
         except ValueError:
             continue
         yield spec
@@ -200,7 +200,7 @@ def variants(data: Data) -> Figure:
     layer = data.layer
     for spec in specs(data, layer.is_causal):
         counted = [
-            sketched(spec, layer, n).cost(Shape(1, layer.num_heads, n, n, layer.head_dim)).flops.forward
+            spec.build(layer, n).cost(Shape(1, layer.num_heads, n, n, layer.head_dim)).flops.forward
             for n in lengths
         ]
         axes.plot(lengths, counted, label=spelled(spec), **look(spec.name))

@@ -16,7 +16,7 @@ from ...benchmarking.records import OK, UNSTABLE
 from ...benchmarking.tables import Table, size_text, three
 from ...complexity import Shape
 from ...mechanisms import MECHANISMS, FullAttention
-from ..arguments import sketched, spelled, with_causality
+from ..arguments import spelled, with_causality
 from ..bench import results_table
 from ..describe import declared_table
 from ..figures import FIGURES, Data, NoData, draw
@@ -126,20 +126,25 @@ def _tiles(data: Data, here: dict[str, Any]) -> str:
 def _measured(data: Data) -> list[str]:
     parts = [_note(f"Skipped: {complaint}") for complaint in data.complaints]
     parts.append(table_html(results_table(data.records)))
-    reasons = [r for r in data.records if r["status"] not in (OK, UNSTABLE)]
-    if reasons:
-        rows = [
-            [r["cell"]["subject"], r["cell"]["work"], f"{r['cell']['length']:,}", r["status"], r["reason"]]
-            for r in reasons
-        ]
-        parts.append(
-            table_html(
-                Table(
-                    "Not measured, and why", ["mechanism", "work", "tokens", "status", "why"], rows, texts=5
-                )
-            )
-        )
-    return parts
+    return [*parts, *_unmeasured(data)]
+
+
+def _unmeasured(data: Data) -> list[str]:
+    """What has no number, and why: a row for each reason."""
+    lengths: dict[tuple[str, str, str, str], list[int]] = {}
+    for record in data.records:
+        if record["status"] not in (OK, UNSTABLE):
+            cell = record["cell"]
+            key = cell["subject"], cell["work"], record["status"], record["reason"]
+            lengths.setdefault(key, []).append(cell["length"])
+    if not lengths:
+        return []
+    rows = [
+        [subject, work, status, ", ".join(f"{n:,}" for n in sorted(found)), reason]
+        for (subject, work, status, reason), found in lengths.items()
+    ]
+    headings = ["mechanism", "work", "status", "tokens", "why"]
+    return [table_html(Table("Not measured, and why", headings, rows, texts=len(headings)))]
 
 
 def _cost_table(data: Data) -> Table:
@@ -151,7 +156,7 @@ def _cost_table(data: Data) -> Table:
         causal = spelled(spec) in can_be_causal
         model = with_causality(layer, causal)
         shape = Shape(1, layer.num_heads, COST_LENGTH, COST_LENGTH, layer.head_dim)
-        cost = sketched(spec, model, COST_LENGTH).cost(shape, training=True)
+        cost = spec.build(model, COST_LENGTH).cost(shape, training=True)
         full = FullAttention(is_causal=causal).cost(shape).flops.forward
         rows.append(
             [
