@@ -140,8 +140,8 @@ def model_cost(
         seq_len: tokens of each.
         training: count the backward pass, and what it needs. Logits are then those of every token, and a loss
             follows; otherwise those of the last token, as generation needs.
-        checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass
-            (Chen et al. 2016, arXiv:1604.06174). Only with `training`.
+        checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass, but for its
+            last product (Chen et al. 2016, arXiv:1604.06174). Only with `training`.
         phase: "prefill" for the whole sequence, "decode" for one more token, the last of `seq_len`.
         basis: "model", "hardware" or "torch", see `Mechanism.cost`.
         optimizer: "adamw": two moments in fp32, and a copy of weights of 16 bits in fp32 (Rajbhandari et al. 2020,
@@ -202,7 +202,9 @@ def _parts(call: _Call, layers: list[_Layers]) -> dict[str, Cost]:
     model, parts = call.model, {}
     for name in ("attention", "projections", "ffn", "norms"):
         part = sum((getattr(kind, name) * kind.count for kind in layers), Cost(Flops(0)))
-        parts[name] = _checkpointed(part) if call.checkpointing else part
+        parts[name] = (
+            _checkpointed(part, "down" if model.ffn_dim else "out_proj") if call.checkpointing else part
+        )
     if model.norm != "none":
         parts["norms"] += _norm(call)
     else:
@@ -214,13 +216,13 @@ def _parts(call: _Call, layers: list[_Layers]) -> dict[str, Cost]:
     return parts
 
 
-def _checkpointed(part: Cost) -> Cost:
-    """`part` computed twice, but for the last product of a layer, which nothing needs again.
+def _checkpointed(part: Cost, last: str) -> Cost:
+    """`part` computed twice, but for `last`, the last product of a layer, whose result nothing needs again.
 
     What is kept, the layers' inputs, stands in `_memory`.
     """
-    last = part.terms.get("down", 0)
-    again = replace(part.flops, recompute=part.flops.recompute + part.flops.forward - last)
+    computed = part.flops.forward - part.terms.get(last, 0)
+    again = replace(part.flops, recompute=part.flops.recompute + computed)
     return replace(part, flops=again, saved_bytes=0)
 
 

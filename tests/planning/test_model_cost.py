@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "no norms": {"norm": "none"},
     "one of each": {"mechanism": ["linear", WINDOW, MechanismSpec("performer", {"num_features": 16})]},
     "wide heads": {"head_dim": 24},
+    "attention alone": {"ffn_dim": 0},
     "not causal": {"is_causal": False, "mechanism": MechanismSpec("linformer", {"rank": 8})},
 }
 
