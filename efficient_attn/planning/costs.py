@@ -8,9 +8,12 @@ import torch
 
 from ..complexity import Cost, Flops, Shape
 from ..complexity.cost import BASES, PHASES, check_choice
+from ..feature_maps import formula_of
 from ..inputs import check_flag, check_positive
+from ..kernels.availability import MAX_HEAD_DIM
+from ..kernels.chunked_linear.configs import LARGEST_PROJECTED
 from ..layers import Attention
-from ..mechanisms import Mechanism
+from ..mechanisms import LinearMechanism, Mechanism
 from .devices import TYPES
 from .models import Model, as_model
 
@@ -226,11 +229,19 @@ def _checkpointed(part: Cost, last: str) -> Cost:
     return replace(part, flops=again, saved_bytes=0)
 
 
-def planned_backend(mechanism: Mechanism, device_type: str, dtype: torch.dtype) -> str | None:
+def planned_backend(mechanism: Mechanism, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """The backend that "auto" is taken to choose on a device; None for the mechanism's own choice."""
-    names = {backend.name for backend in mechanism.backends}
-    kernels = device_type == "cuda" and dtype != torch.float64 and "triton" in names
-    return "triton" if kernels and mechanism.backend == "auto" else None
+    if device_type != "cuda" or mechanism.backend != "auto" or dtype == torch.float64:
+        return None
+    if not any(backend.name == "triton" for backend in mechanism.backends):
+        return None
+    largest = MAX_HEAD_DIM
+    if isinstance(mechanism, LinearMechanism):
+        if formula_of(mechanism.feature_map) is None:
+            return None
+        if getattr(mechanism.feature_map, "projection", None) is not None:
+            largest = LARGEST_PROJECTED
+    return "triton" if head_dim <= largest else None
 
 
 def _attention(call: _Call, mechanism: Mechanism) -> Cost:
@@ -239,7 +250,7 @@ def _attention(call: _Call, mechanism: Mechanism) -> Cost:
         call.batch, model.num_heads, 1 if decode else call.seq_len, call.seq_len, model.head_dim,
         num_kv_heads=model.num_kv_heads, dtype=model.dtype,
     )  # fmt: skip
-    backend = planned_backend(mechanism, call.device_type, model.dtype)
+    backend = planned_backend(mechanism, call.device_type, model.dtype, model.head_dim)
     return mechanism.cost(shape, training=call.training, phase=call.phase, basis=call.basis, backend=backend)
 
 
