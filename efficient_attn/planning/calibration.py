@@ -44,7 +44,8 @@ def calibrate(
     Args:
         device: "cpu" or "cuda".
         dtype: of the products.
-        mechanisms: names from MECHANISMS whose own rates to measure, too: their forward pass, causal where it can be.
+        mechanisms: names from MECHANISMS whose own rates to measure, too: their forward pass, causal where it can be;
+            `estimate_time` takes the backward pass to reach the same rate.
         seconds: for each measurement, about.
         path: where to store it as JSON, to be read again by `load_device`.
     Raises:

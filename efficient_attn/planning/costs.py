@@ -8,9 +8,12 @@ import torch
 
 from ..complexity import Cost, Flops, Shape
 from ..complexity.cost import BASES, PHASES, check_choice
+from ..feature_maps import formula_of
 from ..inputs import check_flag, check_positive
+from ..kernels.availability import MAX_HEAD_DIM
+from ..kernels.chunked_linear.configs import LARGEST_PROJECTED
 from ..layers import Attention
-from ..mechanisms import Mechanism
+from ..mechanisms import LinearMechanism, Mechanism
 from .devices import TYPES
 from .models import Model, as_model
 
@@ -140,8 +143,8 @@ def model_cost(
         seq_len: tokens of each.
         training: count the backward pass, and what it needs. Logits are then those of every token, and a loss
             follows; otherwise those of the last token, as generation needs.
-        checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass
-            (Chen et al. 2016, arXiv:1604.06174). Only with `training`.
+        checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass, but for its
+            last product (Chen et al. 2016, arXiv:1604.06174). Only with `training`.
         phase: "prefill" for the whole sequence, "decode" for one more token, the last of `seq_len`.
         basis: "model", "hardware" or "torch", see `Mechanism.cost`.
         optimizer: "adamw": two moments in fp32, and a copy of weights of 16 bits in fp32 (Rajbhandari et al. 2020,
@@ -202,7 +205,9 @@ def _parts(call: _Call, layers: list[_Layers]) -> dict[str, Cost]:
     model, parts = call.model, {}
     for name in ("attention", "projections", "ffn", "norms"):
         part = sum((getattr(kind, name) * kind.count for kind in layers), Cost(Flops(0)))
-        parts[name] = _checkpointed(part) if call.checkpointing else part
+        parts[name] = (
+            _checkpointed(part, "down" if model.ffn_dim else "out_proj") if call.checkpointing else part
+        )
     if model.norm != "none":
         parts["norms"] += _norm(call)
     else:
@@ -214,21 +219,29 @@ def _parts(call: _Call, layers: list[_Layers]) -> dict[str, Cost]:
     return parts
 
 
-def _checkpointed(part: Cost) -> Cost:
-    """`part` computed twice, but for the last product of a layer, which nothing needs again.
+def _checkpointed(part: Cost, last: str) -> Cost:
+    """`part` computed twice, but for `last`, the last product of a layer, whose result nothing needs again.
 
     What is kept, the layers' inputs, stands in `_memory`.
     """
-    last = part.terms.get("down", 0)
-    again = replace(part.flops, recompute=part.flops.recompute + part.flops.forward - last)
+    computed = part.flops.forward - part.terms.get(last, 0)
+    again = replace(part.flops, recompute=part.flops.recompute + computed)
     return replace(part, flops=again, saved_bytes=0)
 
 
-def planned_backend(mechanism: Mechanism, device_type: str, dtype: torch.dtype) -> str | None:
+def planned_backend(mechanism: Mechanism, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """The backend that "auto" is taken to choose on a device; None for the mechanism's own choice."""
-    names = {backend.name for backend in mechanism.backends}
-    kernels = device_type == "cuda" and dtype != torch.float64 and "triton" in names
-    return "triton" if kernels and mechanism.backend == "auto" else None
+    if device_type != "cuda" or mechanism.backend != "auto" or dtype == torch.float64:
+        return None
+    if not any(backend.name == "triton" for backend in mechanism.backends):
+        return None
+    largest = MAX_HEAD_DIM
+    if isinstance(mechanism, LinearMechanism):
+        if formula_of(mechanism.feature_map) is None:
+            return None
+        if getattr(mechanism.feature_map, "projection", None) is not None:
+            largest = LARGEST_PROJECTED
+    return "triton" if head_dim <= largest else None
 
 
 def _attention(call: _Call, mechanism: Mechanism) -> Cost:
@@ -237,7 +250,7 @@ def _attention(call: _Call, mechanism: Mechanism) -> Cost:
         call.batch, model.num_heads, 1 if decode else call.seq_len, call.seq_len, model.head_dim,
         num_kv_heads=model.num_kv_heads, dtype=model.dtype,
     )  # fmt: skip
-    backend = planned_backend(mechanism, call.device_type, model.dtype)
+    backend = planned_backend(mechanism, call.device_type, model.dtype, model.head_dim)
     return mechanism.cost(shape, training=call.training, phase=call.phase, basis=call.basis, backend=backend)
 
 

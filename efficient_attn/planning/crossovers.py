@@ -142,7 +142,7 @@ class _Layer:
         )  # fmt: skip
         phase = "decode" if decode else "prefill"
         device_type = "cpu" if self.device is None else self.device.type
-        backend = planned_backend(mechanism, device_type, model.dtype)
+        backend = planned_backend(mechanism, device_type, model.dtype, model.head_dim)
         cost = mechanism.cost(shape, training=training, phase=phase, basis=self.basis, backend=backend)
         for name, in_features, out_features in model.projection_sizes if self.projections else ():
             cost += Cost.of_product(

@@ -89,7 +89,8 @@ class Model:
         ffn_dim: hidden features of the feed-forward network; 4 * embed_dim by default, 0 for none.
         gated_ffn: whether it has a gate: three matrices in place of two (SwiGLU, Shazeer 2020, arXiv:2002.05202).
         vocab_size: tokens; 0 for a stack without embedding and head.
-        max_positions: learnt positions, added to the embedding; 0 for none.
+        max_positions: learnt positions, added to the embedding; 0 for none. They count as parameters, and limit no
+            length: planning for a longer one means a longer table.
         tied_embeddings: whether the head is the embedding's matrix.
         bias: whether projections and the feed-forward network have one; the head never does.
         norm: "layer" (LayerNorm with weight and bias), "rms" (weight alone) or "none".

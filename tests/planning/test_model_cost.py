@@ -8,8 +8,18 @@ import pytest
 import torch
 from planning.reference_model import Transformer, sample_tokens
 
-from efficient_attn import Attention, LinearAttention, Shape, SlidingWindowAttention, count_flops
+from efficient_attn import (
+    Attention,
+    FullAttention,
+    LinearAttention,
+    PerformerAttention,
+    Shape,
+    SlidingWindowAttention,
+    count_flops,
+)
+from efficient_attn.feature_maps import FeatureMap, Features
 from efficient_attn.planning import MODELS, MechanismSpec, Model, model_cost
+from efficient_attn.planning.costs import planned_backend
 from efficient_attn.testing.counting import Peak, saved_bytes
 
 BATCH, LENGTH = 2, 48
@@ -28,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "no norms": {"norm": "none"},
     "one of each": {"mechanism": ["linear", WINDOW, MechanismSpec("performer", {"num_features": 16})]},
     "wide heads": {"head_dim": 24},
+    "attention alone": {"ffn_dim": 0},
     "not causal": {"is_causal": False, "mechanism": MechanismSpec("linformer", {"rank": 8})},
 }
 
@@ -155,6 +166,29 @@ def test_kernels_are_planned_for_where_they_run() -> None:
         expected = attention.cost(shape, training=True, basis="hardware", backend=backend)
         cost = model_cost(model, 1, 4096, training=True, basis="hardware", device_type=device_type)
         assert cost.parts["attention"] == expected, device_type
+
+
+def test_kernels_are_not_planned_for_what_they_refuse() -> None:
+    class Other(FeatureMap):
+        name = "other"
+
+        def forward(self, x: torch.Tensor) -> Features:
+            return Features(x.exp(), None)
+
+    narrow, wide = PerformerAttention(64, is_causal=True), PerformerAttention(128, is_causal=True)
+    for mechanism, head_dim, dtype, backend in (
+        (narrow, 64, torch.bfloat16, "triton"),
+        (wide, 128, torch.bfloat16, None),
+        (LinearAttention(), 128, torch.float32, "triton"),
+        (LinearAttention(), 64, torch.float64, None),
+        (LinearAttention(feature_map=Other()), 64, torch.bfloat16, None),
+        (SlidingWindowAttention(8), 256, torch.float16, "triton"),
+        (SlidingWindowAttention(8), 512, torch.float16, None),
+        (SlidingWindowAttention(8, backend="blocked"), 64, torch.float16, None),
+        (FullAttention(), 64, torch.float16, None),
+    ):
+        assert planned_backend(mechanism, "cuda", dtype, head_dim) == backend, mechanism
+        assert planned_backend(mechanism, "rocm", dtype, head_dim) is None
 
 
 def test_the_terms_of_memory_sum_to_the_whole() -> None:
