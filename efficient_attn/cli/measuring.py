@@ -60,11 +60,9 @@ def measure(cell: Cell) -> Outcome:
     torch.manual_seed(0)
     try:
         subject = mechanism_of(cell)
-        outcome = _decode(cell, subject) if cell.work == DECODE else measure_alone(cell, subject)
+        return _decode(cell, subject) if cell.work == DECODE else measure_alone(cell, subject)
     except (BackendError, ValueError) as refusal:
         raise Unsupported(" ".join(str(refusal).split())) from refusal
-    outcome.spent = cell.device != "cpu"
-    return outcome
 
 
 def _decode(cell: Cell, subject: Mechanism) -> Outcome:

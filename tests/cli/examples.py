@@ -52,6 +52,7 @@ def record(
 RECORDS = [
     *(record("full", FORWARD, n, 1e-9 * n * n) for n in (1024, 2048, 4096)),
     *(record("linear", FORWARD, n, 1e-6 * n) for n in (1024, 2048, 4096)),
+    record("sliding_window:window_size=128", FORWARD, 1024, 5e-4),
     record("full", TRAINING, 1024, 4e-3),
     record("linear", TRAINING, 1024, 3e-3, "unstable", "half of 9 samples span 60% of the median"),
     record("full causal", DECODE, 4096, 2e-5),

@@ -226,6 +226,15 @@ def test_tables_sort_by_number_and_by_word_and_back(browser: Browser) -> None:
     assert browser.run(state) == ["descending"]
 
 
+CLIPPED = """
+const out = [];
+for (const text of document.querySelectorAll('figure svg text')) {
+  const [inner, outer] = [text.getBoundingClientRect(), text.closest('svg').getBoundingClientRect()];
+  if (inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.top < outer.top - 1
+      || inner.bottom > outer.bottom + 1) out.push([text.closest('figure').id, text.textContent]);
+}
+return out;
+"""
 CONTRAST = """
 function light(colour) {
   const parts = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
@@ -274,6 +283,7 @@ def test_it_is_readable_in_light_and_dark_on_a_desk_and_on_a_phone(
         assert window.run("return matchMedia('(prefers-color-scheme: dark)').matches") is dark
         assert window.run(CONTRAST) == [], "letters are told from what is behind them"
         assert window.run(LETTERS % 9) == []
+        assert window.run(CLIPPED) == [], "no word is cut off"
         assert window.run("return document.documentElement.scrollWidth") <= width, "nothing sticks out"
         levels = [entry["level"] for entry in window.console()]
         assert "SEVERE" not in levels

@@ -81,7 +81,7 @@ FIGURES: Mapping[str, Picture] = {
     "predicted": Picture(
         "Predicted against measured",
         "On the dashed line both agree. Seconds are predicted by the roofline of the calibrated machine, peak bytes by"
-        " cost().peak_bytes.",
+        " cost().peak_bytes, a bound.",
         measured.predicted,
     ),
     "quality": Picture(

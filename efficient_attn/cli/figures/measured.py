@@ -40,7 +40,7 @@ def times(data: Data) -> Figure:
         axes.plot(lengths, [seconds_of(record) for record in records], label=subject, **look(subject))
     tokens_axis(axes, sorted({record["cell"]["length"] for each in found.values() for record in each}))
     _seconds_axis(axes, "forward pass")
-    legend_below(figure, axes, 1)
+    legend_below(figure, axes)
     return figure
 
 
@@ -71,18 +71,12 @@ def roofline(data: Data) -> Figure:
         for name, intensity in _expected(data):
             rate = min(device.flops_per_second, intensity * device.bytes_per_second)
             axes.plot([intensity], [rate], label=name, **look(name) | {"markersize": 7, "ls": "none"})
-    _once(figure, axes)
+    legend_below(figure, axes)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must be moved", ylabel="FLOP/s")
     axes.set_title("reached" if points else "allowed, forward at 16k tokens")
     axes.yaxis.set_major_formatter(lambda value, _: count_text(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure
-
-
-def _once(figure: Figure, axes: Any) -> None:
-    """A legend in which each name comes once."""
-    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=2)
 
 
 def _reached(data: Data) -> list[tuple[str, float, float]]:
@@ -132,7 +126,7 @@ def predicted(data: Data) -> Figure:
         else:
             axes.set(xticks=[], yticks=[])
         axes.set(xlabel=f"{what}, predicted", ylabel=f"{what}, measured")
-    _once(figure, peaks)
+    legend_below(figure, peaks)
     return figure
 
 

@@ -28,6 +28,8 @@ LINES = ("-", "--", "-", "-", "--", "-", "-.", "-", "-")
 """Lines of one colour family, or that often lie upon each other, differ in kind, too."""
 WIDTH, HEIGHT = 4.5, 3.5
 """Inches: small, so that ten-point letters are still letters on a phone."""
+LONGEST_OF_TWO_COLUMNS = 20
+"""Letters of a name in a legend."""
 SETTINGS: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 9.5,
@@ -108,10 +110,13 @@ def length_text(n: float) -> str:
     return f"{n:g}"
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """The legend under the plot, where it hides nothing."""
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend under the plot, where it hides nothing: each name once, in two columns where they fit."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    named = dict(zip(reversed(labels), reversed(handles), strict=True))
+    names = list(dict.fromkeys(labels))
+    columns = 2 if max(map(len, names)) <= LONGEST_OF_TWO_COLUMNS else 1
+    figure.legend([named[name] for name in names], names, loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, path: Path, name: str) -> None:
