@@ -57,7 +57,8 @@ def softmax_cost(mask: Mask, shape: Shape, training: bool, basis: str, backend: 
     if basis == "torch":
         flops = Flops(flops.forward, flops.backward + flops.recompute)
     width = accumulation_dtype(shape.dtype).itemsize
-    log_sums = shape.batch * shape.num_heads * shape.q_len * width
+    rows = shape.batch * shape.num_heads * shape.q_len
+    log_sums = rows * width
     saved = shape.input_bytes + shape.output_bytes + log_sums
     if backend == "blocked":
         workspace = blocked_workspace(mask, shape, training)
