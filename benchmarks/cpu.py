@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import plan
 from benchmarks.harness.command import add_common, check_out, chosen, list_cells, positive, run, say
-from benchmarks.harness.environment import environment, usable_cores
-from benchmarks.harness.records import Record, Records
-from benchmarks.harness.tables import LEGEND, Table, tables
+from benchmarks.harness.origin import described
+from benchmarks.harness.tables import LEGEND, tables
 from benchmarks.measure import measure
+from efficient_attn.benchmarking.environment import usable_cores
+from efficient_attn.benchmarking.records import Record, Records
+from efficient_attn.benchmarking.tables import Table
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = (1, 2)
@@ -43,17 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     def render(done: list[Record]) -> list[Table]:
         return tables(done, plan.targets(options.effort))
 
-    say(_heading(environment(), options))
+    say(_heading(described(), options))
     return run(cells, records, measure, options, render, LEGEND)
 
 
-def _heading(described: dict[str, Any], options: argparse.Namespace) -> str:
+def _heading(found: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
-        f"{described['cpu']}, {described['usable_cores']} of {described['cores']} cores usable, "
-        f"load {described['load']}",
-        f"instructions: {described['capability']}; {' '.join(described['flags'])}",
-        ", ".join(f"{name} {version}" for name, version in described["libraries"].items()),
-        f"commit {described['commit']}{', with uncommitted changes' if described['dirty'] else ''}",
+        f"{found['cpu']}, {found['usable_cores']} of {found['cores']} cores usable, load {found['load']}",
+        f"instructions: {found['capability']}; {' '.join(found['flags'])}",
+        ", ".join(f"{name} {version}" for name, version in found["libraries"].items()),
+        f"commit {found['commit']}{', with uncommitted changes' if found['dirty'] else ''}",
         f"threads {' '.join(map(str, options.threads))}; every ratio is theirs / ours: above 1, ours is faster",
     ]
     return "\n".join(lines)

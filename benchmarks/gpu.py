@@ -28,11 +28,11 @@ import torch
 
 from benchmarks import plan_gpu
 from benchmarks.harness.command import add_common, check_out, chosen, list_cells, positive, run, say
-from benchmarks.harness.environment import environment
 from benchmarks.harness.gpu_tables import GPU_LEGEND, gpu_tables
-from benchmarks.harness.records import Record, Records
-from benchmarks.harness.tables import Table
+from benchmarks.harness.origin import described
 from benchmarks.measure.accelerated import measure
+from efficient_attn.benchmarking.records import Record, Records
+from efficient_attn.benchmarking.tables import Table
 
 RESULTS = Path(__file__).parent / "results"
 DRY = "dry"
@@ -54,13 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     def render(done: list[Record]) -> list[Table]:
         return gpu_tables(done, plan_gpu.targets(options.effort))
 
-    say(_heading(environment(plan_gpu.SIZES[options.effort].device), options.effort))
+    say(_heading(described(plan_gpu.SIZES[options.effort].device), options.effort))
     seconds = None if options.minutes is None else 60.0 * options.minutes
     return run(cells, records, measure, options, render, GPU_LEGEND, seconds)
 
 
-def _heading(described: dict[str, Any], effort: str) -> str:
-    gpu, now = described.get("gpu"), described.get("gpu_now")
+def _heading(found: dict[str, Any], effort: str) -> str:
+    gpu, now = found.get("gpu"), found.get("gpu_now")
     why = "" if torch.cuda.is_available() else "There is no CUDA device here. "
     lines = [why + DRY_RUN if effort == DRY else ""]
     if gpu is not None:
@@ -71,9 +71,9 @@ def _heading(described: dict[str, Any], effort: str) -> str:
     if now is not None:
         lines.append(", ".join(f"{name} {value}" for name, value in now.items()))
     lines += [
-        f"{described['cpu']}, {described['usable_cores']} of {described['cores']} cores usable",
-        ", ".join(f"{name} {version}" for name, version in described["libraries"].items()),
-        f"commit {described['commit']}{', with uncommitted changes' if described['dirty'] else ''}",
+        f"{found['cpu']}, {found['usable_cores']} of {found['cores']} cores usable",
+        ", ".join(f"{name} {version}" for name, version in found["libraries"].items()),
+        f"commit {found['commit']}{', with uncommitted changes' if found['dirty'] else ''}",
         "every ratio is theirs / ours: above 1, ours is faster",
     ]
     return "\n".join(line for line in lines if line)

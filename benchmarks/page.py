@@ -20,11 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import plan, plan_gpu
-from benchmarks.harness.cells import BACKWARD, FORWARD, MEMORY, TRAINING, Cell, Target
 from benchmarks.harness.gpu_tables import GPU_LEGEND, gpu_tables
-from benchmarks.harness.records import OK, WRONG, Record, Records
-from benchmarks.harness.tables import LEGEND, MET, MISSED, Table, judged, markdown, tables, verdict
+from benchmarks.harness.tables import LEGEND, MET, MISSED, judged, tables, verdict
 from benchmarks.summary import filled_in, summary
+from efficient_attn.benchmarking.cells import BACKWARD, FORWARD, MEMORY, TRAINING, Cell, Target
+from efficient_attn.benchmarking.records import OK, WRONG, Record, Records
+from efficient_attn.benchmarking.tables import Table, markdown
 
 HERE = Path(__file__).parent
 INTRODUCTION = """\

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from benchmarks.harness.cells import (
+from benchmarks.harness.tables import Targets
+from benchmarks.peers import OWN_FORWARD
+from benchmarks.subjects import FOR_GPUS, SUBJECTS, has_mask, is_causal_alone, is_subquadratic
+from efficient_attn.benchmarking.cells import (
     CAPACITY,
     CAPACITY_FORWARD,
     DECODE,
@@ -16,9 +19,6 @@ from benchmarks.harness.cells import (
     Cell,
     Target,
 )
-from benchmarks.harness.tables import Targets
-from benchmarks.peers import OWN_FORWARD
-from benchmarks.subjects import FOR_GPUS, SUBJECTS, has_mask, is_causal_alone, is_subquadratic
 
 NEVER_SLOWER = Target(1.0)
 LITTLE_SLOWER = Target(1 / 1.3)

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from benchmarks.harness.cells import (
+from benchmarks.harness.tables import Targets
+from benchmarks.measure.tuning import TIMED_BY
+from benchmarks.peers.sdpa import KERNELS
+from efficient_attn.benchmarking.cells import (
     BACKWARD,
     CAPACITY,
     DECODE,
@@ -22,9 +25,6 @@ from benchmarks.harness.cells import (
     Cell,
     Target,
 )
-from benchmarks.harness.tables import Targets
-from benchmarks.measure.tuning import TIMED_BY
-from benchmarks.peers.sdpa import KERNELS
 
 AS_SDPA = Target(0.97)
 AS_PRODUCTS = Target(1 / 1.1)

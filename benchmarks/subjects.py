@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.harness.cells import Cell
 from efficient_attn import (
     MECHANISMS,
     BigBirdAttention,
@@ -18,6 +17,7 @@ from efficient_attn import (
     SlidingWindowAttention,
     SparseTransformerAttention,
 )
+from efficient_attn.benchmarking.cells import Cell
 from efficient_attn.masks import Causal, Everything
 
 Build = Callable[[int, int, int], Mechanism]

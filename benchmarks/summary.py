@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.harness.cells import FORWARD, RACES, Cell
-from benchmarks.harness.records import Record
-from benchmarks.harness.tables import three
 from benchmarks.peers import OWN_FORWARD
+from efficient_attn.benchmarking.cells import FORWARD, RACES, Cell
+from efficient_attn.benchmarking.records import Record
+from efficient_attn.benchmarking.tables import three
 
 BEGIN, END = "<!-- speed:begin -->\n", "<!-- speed:end -->"
 LENGTHS = (4096, 16_384)

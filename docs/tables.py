@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from efficient_attn import MECHANISMS, Mechanism, Shape, create_mechanism
+from efficient_attn import MECHANISMS, Mechanism, Shape
+from efficient_attn.cli.describe import formula
+from efficient_attn.cli.figures.matrices import HEAD_DIM, HEADS, TRIAL_LENGTH, assignments, build
 
 README = Path(__file__).parent.parent / "README.md"
-HEADS, HEAD_DIM, LENGTH = 8, 64, 16_384
-TRIAL_LENGTH = 24
+LENGTH = 16_384
 
 # What each mechanism is counted with; one that is not listed is counted as its first example.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -40,17 +41,6 @@ COUNTED = (
     "FLOPs, one more token",
     "bytes of decode state",
 )
-
-
-def build(name: str, length: int, options: Mapping[str, Any] | None, *, is_causal: bool) -> Mechanism | None:
-    """The mechanism `name` with `options`, or its first example if None; None if it has no such causality."""
-    cls = MECHANISMS[name]
-    if not any(mechanism.is_causal == is_causal for mechanism in cls.examples(TRIAL_LENGTH, HEADS, HEAD_DIM)):
-        return None
-    if options is None:
-        return next(m for m in cls.examples(length, HEADS, HEAD_DIM) if m.is_causal == is_causal)
-    sizes = {"num_heads": HEADS, "head_dim": HEAD_DIM, "max_seq_len": length}
-    return create_mechanism(name, **sizes, is_causal=is_causal, **options)
 
 
 def declared_table() -> str:
@@ -101,20 +91,6 @@ def how_many(answers: Iterable[bool]) -> str:
     return "in part" if len(found) == 2 else "yes" if True in found else "no"
 
 
-def assignments(mechanism: Mechanism, options: Mapping[str, Any] | None) -> list[str]:
-    """The options that `mechanism` was built with, as one writes them; of an example, its knob."""
-    knob = mechanism.complexity.knob
-    if options is None:
-        options = {knob: getattr(mechanism, knob)} if knob else {}
-    return [f"{key}={value!r}" for key, value in options.items()]
-
-
-def formula(text: str) -> str:
-    """A declared formula as one reads it; "0" is a decode state that does not exist."""
-    spaced = text.replace("**2", "²").replace("*", " ").replace("+", " + ").replace("/", " / ")
-    return {"0": "none", "oo": "∞"}.get(text, spaced)
-
-
 def markdown(headings: list[str], rows: list[list[str]], numbers: int = 0) -> str:
     rule = ["---"] * (len(headings) - numbers) + ["---:"] * numbers
     return "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows))
@@ -126,13 +102,18 @@ def sections() -> dict[str, str]:
 
 
 def filled_in(readme: str) -> str:
-    """`readme` with each part between `<!-- name:begin -->` and `<!-- name:end -->` generated afresh."""
-    for name, table in sections().items():
+    """`readme` with its tables generated afresh."""
+    return put(readme, sections())
+
+
+def put(readme: str, parts: Mapping[str, str]) -> str:
+    """`readme` with each part between its `<!-- name:begin -->` and `<!-- name:end -->`."""
+    for name, part in parts.items():
         before, begin, rest = readme.partition(f"<!-- {name}:begin -->\n")
         _, end, after = rest.partition(f"<!-- {name}:end -->")
         if not end:
             raise LookupError(f"the README has no <!-- {name}:begin --> ... <!-- {name}:end -->")
-        readme = f"{before}{begin}{table}\n{end}{after}"
+        readme = f"{before}{begin}{part}\n{end}{after}"
     return readme
 
 

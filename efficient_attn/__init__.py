@@ -1,8 +1,8 @@
 """Efficient attention for PyTorch: mechanisms that share one interface, and say what they cost."""
 
-from . import masks
+from . import masks, planning
 from .backends import BackendError
-from .complexity import Complexity, Cost, Shape
+from .complexity import Complexity, Cost, Shape, count_flops
 from .integrations.approximation import ApproximationReport, measure_approximation
 from .integrations.swap import SwapError, SwapReport, load_swapped, swap_attention
 from .integrations.torch_mha import MultiheadAttention
@@ -48,10 +48,12 @@ __all__ = [
     "SwapError",
     "SwapReport",
     "TransferReport",
+    "count_flops",
     "create_mechanism",
     "load_swapped",
     "masks",
     "measure_approximation",
+    "planning",
     "segment_ids_from_cu_seqlens",
     "swap_attention",
     "transfer_attention",

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .checkpoints import Loadable
-from .complexity import Cost, Flops, Shape
+from .complexity import Cost, Shape
 from .inputs import check_key_mask, check_positive, check_segment_ids
 from .mechanisms.base import Mechanism
 from .state import State
@@ -248,7 +248,15 @@ class Attention(Loadable):
         for (name, projection), rows in zip(
             self._projections().items(), (queries, keys, keys, queries), strict=True
         ):
-            total += _linear_cost(name, projection, rows, item, training)
+            total += Cost.of_product(
+                name,
+                rows,
+                projection.in_features,
+                projection.out_features,
+                bias=projection.bias is not None,
+                itemsize=item,
+                training=training,
+            )
 
         # What the mechanism counts as its saved inputs are q, k, v: here made by us, and allocated.
         heads = queries * self.q_proj.out_features * item
@@ -309,19 +317,6 @@ def _check_masks(tokens: Tensor, key_mask: Tensor | None, segment_ids: Tensor | 
         check_key_mask(key_mask, batch, length, tokens.device)
     if segment_ids is not None:
         check_segment_ids(segment_ids, batch, length, tokens.device)
-
-
-def _linear_cost(name: str, linear: nn.Linear, rows: int, itemsize: int, training: bool) -> Cost:
-    """A projection of `rows` tokens. Its backward pass is two products of the size of the forward one."""
-    forward = 2 * rows * linear.in_features * linear.out_features
-    params = sum(parameter.numel() for parameter in linear.parameters())
-    return Cost(
-        flops=Flops(forward, backward=2 * forward if training else 0),
-        bytes_read=(rows * linear.in_features + params) * itemsize,
-        bytes_written=rows * linear.out_features * itemsize,
-        params=params,
-        terms={name: forward},
-    )
 
 
 def _zero_padding(tokens: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:

@@ -5,9 +5,9 @@
     python examples/long_context_lm.py --data book.txt --mechanisms full,longformer
     python examples/long_context_lm.py --quick             # does everything work? about 20 seconds
 
-Writes checkpoints, results.json and results.png to --out. Stop it with Ctrl-C: the same command continues and
-ends with the same weights, for every batch is a function of (seed, step). Only the seed and --threads decide
-them, not --jobs, which is how many mechanisms are trained at once.
+Writes checkpoints, results.json, results.png and report.html, one page with everything, to --out. Stop it with
+Ctrl-C: the same command continues and ends with the same weights, for every batch is a function of (seed, step).
+Only the seed and --threads decide them, not --jobs, which is how many mechanisms are trained at once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from efficient_attn.cli.figures import Data
+from efficient_attn.cli.page import write_page
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -51,9 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(results, options.out / "results.json")
         print_report(results, console)
         plot(results, options.out / "results.png")
-        console.print(
-            f"\nwrote {options.out / 'results.json'} and {options.out / 'results.png'}", markup=False
-        )
+        page = options.out / "report.html"
+        write_page(Data(demo=results), page, title="Language models, one for each attention")
+        written = ", ".join(str(options.out / name) for name in ("results.json", "results.png"))
+        console.print(f"\nwrote {written} and {page}: open it in a browser", markup=False)
         return 0 if all(row["audit"]["exact"] for row in results["mechanisms"].values()) else 1
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)

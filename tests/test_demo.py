@@ -51,6 +51,9 @@ def test_quick_run_writes_complete_results_and_sees_no_future(tmp_path: Path) ->
     done = run_demo("--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for figure in ("quality", "learning", "layer-time", "matrix-full"):
+        assert f'id="figure-{figure}"' in page
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["mechanisms"]) == {"full", "sliding_window", "linear", "performer"}
     assert results["audit_control"]["difference"] > 1e-4

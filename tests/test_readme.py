@@ -109,6 +109,12 @@ def test_the_tables_are_what_the_generator_prints(monkeypatch: pytest.MonkeyPatc
     assert filled_in == readme, "python docs/tables.py --write brings the README up to date"
 
 
+def test_the_examples_of_the_command_are_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = README.read_text()
+    filled_in = script("command", monkeypatch).filled_in(readme)
+    assert filled_in == readme, "python docs/command.py --write brings the README up to date"
+
+
 def test_the_generator_replaces_what_is_between_markers(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = script("tables", monkeypatch)
     monkeypatch.setattr(tables, "sections", lambda: {"a": "new"})

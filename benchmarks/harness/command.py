@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cells import RACES, Cell
-from .environment import environment, fingerprint
+from efficient_attn.benchmarking.cells import RACES, Cell
+from efficient_attn.benchmarking.environment import fingerprint
+from efficient_attn.benchmarking.records import OK, WRONG, Record, Records, key_of
+from efficient_attn.benchmarking.run import is_done, measure_all
+from efficient_attn.benchmarking.tables import Table, show, three
+from efficient_attn.benchmarking.worker import Measure
+
 from .gpu_tables import tuned
-from .records import OK, WRONG, Record, Records, key_of
-from .run import is_done, measure_all
-from .tables import Table, judged, show, three, verdict
-from .worker import Measure
+from .origin import described
+from .tables import judged, verdict
 
 TIMEOUT = 900.0
 
@@ -71,6 +74,7 @@ def run(
             report=report,
             complain=complain,
             seconds=seconds,
+            describe=described,
         )
         if left:
             complain(
@@ -113,9 +117,9 @@ def list_cells(cells: Sequence[Cell], records: Records) -> None:
     known, complaints = records.by_key()
     for complaint in complaints:
         complain(complaint)
-    described = {device: fingerprint(environment(device)) for device in {cell.device for cell in cells}}
+    prints = {device: fingerprint(described(device)) for device in {cell.device for cell in cells}}
     for cell in cells:
-        done = is_done(known.get(key_of(cell, described[cell.device])))
+        done = is_done(known.get(key_of(cell, prints[cell.device])))
         target = "" if cell.target is None else f", target {cell.target}"
         say(f"{'recorded  ' if done else 'to measure'}  {cell.label}{target}")
 

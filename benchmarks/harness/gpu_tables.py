@@ -6,23 +6,19 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .cells import CAPACITY, DECODE, RACES, TABLES, TUNE, Cell, Target
-from .records import OK, WRONG, Record
+from efficient_attn.benchmarking.cells import CAPACITY, DECODE, RACES, TABLES, TUNE, Cell, Target
+from efficient_attn.benchmarking.records import OK, WRONG, Record
+from efficient_attn.benchmarking.tables import Table, mebibytes, milliseconds, number, three, worst
+
 from .tables import (
     Pairs,
     Render,
-    Table,
     Targets,
     because,
     decode,
     grouped,
-    mebibytes,
-    milliseconds,
-    number,
     remarks,
-    three,
     verdict,
-    worst,
 )
 
 GPU_LEGEND = (

@@ -1,20 +1,17 @@
-"""Tables of records: the same rows on a terminal, with rich or without, and in Markdown."""
+"""Tables of records."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from .cells import DECODE, MEMORY, RACES, Cell, Target
-from .records import ERROR, OK, OOM, TIMEOUT, WRONG, Record
+from efficient_attn.benchmarking.cells import DECODE, MEMORY, RACES, Cell, Target
+from efficient_attn.benchmarking.records import OK, WRONG, Record
+from efficient_attn.benchmarking.tables import Table, mebibytes, milliseconds, number, three, worst
 
 MET, MISSED = "met", "MISSED"
-ALARMING = (MISSED, "WRONG", WRONG, OOM, TIMEOUT, ERROR)
-WIDE = 200
 LEGEND = (
     "ratio: theirs / ours, so more is better for us; the median of the rounds, in each of which both are timed.",
     "spread: half the distance of the quartiles of the rounds' ratios. ~: the target lies between the quartiles.",
@@ -26,17 +23,6 @@ DECODING = (
     "One more token, by the tokens already in the state, all positions interleaved; ±: half the distance of the"
     " quartiles"
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under headings; the first `texts` columns are words, the others numbers."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    texts: int = 1
 
 
 def verdict(value: float, target: Target | None, low: float | None = None, high: float | None = None) -> str:
@@ -218,71 +204,6 @@ def growth(peaks: dict[int, int]) -> float | None:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def show(made: Sequence[Table], print_line: Callable[[str], None] = print) -> None:
-    """Print tables, with rich where it is installed."""
-    if importlib.util.find_spec("rich") is None:
-        for table in made:
-            for line in plain(table):
-                print_line(line)
-            print_line("")
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)  # a file has no edge to fold at
-    for table in made:
-        drawn = RichTable(title=table.title, caption=table.note, box=box.SIMPLE_HEAD)
-        drawn.title_justify = drawn.caption_justify = "left"
-        for column, heading in enumerate(table.headings):
-            drawn.add_column(heading, justify="left" if column < table.texts else "right")
-        for row in table.rows:
-            drawn.add_row(*(Text(text, style=_style(text)) for text in row))
-        console.print(drawn)
-
-
-def plain(table: Table) -> list[str]:
-    """The table as lines of equal columns."""
-    columns = list(zip(table.headings, *table.rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-
-    def line(row: Sequence[str]) -> str:
-        texts = [
-            text.ljust(width) if column < table.texts else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(texts).rstrip()
-
-    return [table.title, line(table.headings), *map(line, table.rows), *([table.note] if table.note else [])]
-
-
-def markdown(table: Table) -> str:
-    """The table in Markdown, its note below."""
-
-    def line(row: Sequence[str]) -> str:
-        return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |"
-
-    rule = ["---"] * table.texts + ["---:"] * (len(table.headings) - table.texts)
-    rows = [[f"**{text}**" if _style(text) else text for text in row] for row in table.rows]
-    return "\n".join([line(table.headings), line(rule), *map(line, rows), "", table.note])
-
-
-def milliseconds(seconds: Sequence[float]) -> str:
-    return three(statistics.median(seconds) * 1e3)
-
-
-def mebibytes(count: int) -> str:
-    return three(count / 2**20)
-
-
-def three(number: float) -> str:
-    """Three digits, and every digit before the point."""
-    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
-
-
 def _half_range(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
@@ -290,22 +211,6 @@ def _half_range(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def worst(errors: dict[str, Any]) -> str:
-    """The largest of several errors."""
-    if not errors:
-        return ""
-    return number(None if None in errors.values() else max(errors.values()))
-
-
-def number(error: float | None) -> str:
-    """An error, or that there is none to speak of."""
-    return "not finite" if error is None else f"{error:.0e}"
-
-
 def because(record: Record) -> str:
     """Why a number is missing."""
     return record["reason"] or record["status"]
-
-
-def _style(text: str) -> str:
-    return "bold red" if text.startswith(ALARMING) or text.endswith("WRONG") else ""

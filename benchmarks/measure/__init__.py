@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness.cells import CAPACITY, CAPACITY_FORWARD, DECODE, MEMORY, RACES, Cell
-from benchmarks.harness.worker import Outcome
+from efficient_attn.benchmarking.cells import CAPACITY, CAPACITY_FORWARD, DECODE, MEMORY, RACES, Cell
+from efficient_attn.benchmarking.worker import Outcome
 
 
 def measure(cell: Cell) -> Outcome:
@@ -24,7 +24,8 @@ def measure(cell: Cell) -> Outcome:
 
         return measure_capacity(cell)
     if cell.work == DECODE:
-        from .decode import measure_decode
+        from benchmarks.subjects import subject
+        from efficient_attn.benchmarking.decode import measure_decode
 
-        return measure_decode(cell)
+        return measure_decode(cell, subject(cell))
     raise ValueError(f"work of a cell must be one that is measured, got {cell.work!r}")

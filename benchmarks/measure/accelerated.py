@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import CAPACITY, DECODE, FORWARD, RACES, TABLES, TUNE, Cell
-from benchmarks.harness.records import OK, WRONG
-from benchmarks.harness.worker import Outcome, Unsupported, failed
 from benchmarks.peers import PEERS, Contender, Race
 from benchmarks.subjects import subject
 from efficient_attn import Mechanism
+from efficient_attn.benchmarking.cells import CAPACITY, DECODE, FORWARD, RACES, TABLES, TUNE, Cell
+from efficient_attn.benchmarking.contender import backend_of, work_of
+from efficient_attn.benchmarking.decode import measure_decode
+from efficient_attn.benchmarking.gate import Exact, is_wrong, plain, said, sampled_strips
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.instruments import INSTRUMENTS, times_of
+from efficient_attn.benchmarking.records import OK, WRONG
+from efficient_attn.benchmarking.timing import EFFORTS, ratio
+from efficient_attn.benchmarking.worker import Outcome, Unsupported, failed
 
-from .decode import measure_decode
-from .gate import Exact, is_wrong, sampled_strips
-from .inputs import normal_inputs
-from .instruments import INSTRUMENTS
-from .races import backend_of, gate, ours_in, plain, said, times_of, work_of
+from .races import gate, ours_in
 from .roofline import roofline, unavoidable
-from .timing import EFFORTS, ratio
 from .tuning import TIMED_BY, measure_tuning
 
 OURS = "ours"
@@ -67,7 +68,7 @@ def measure(cell: Cell) -> Outcome:
     except Stopped as stopped:
         return stopped.outcome
     if cell.work == DECODE:
-        return measure_decode(cell)
+        return measure_decode(cell, subject(cell))
     raise ValueError(f"work of a cell must be one that is measured, got {cell.work!r}")
 
 

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import CAPACITY, Cell
-from benchmarks.harness.records import OK, WRONG
-from benchmarks.harness.worker import Outcome
 from benchmarks.subjects import subject
 from efficient_attn import Mechanism
-
-from .allocations import peak_allocated
-from .gate import Exact, is_wrong, sampled_strips
-from .inputs import normal_inputs
+from efficient_attn.benchmarking.allocations import peak_allocated
+from efficient_attn.benchmarking.cells import CAPACITY, Cell
+from efficient_attn.benchmarking.gate import Exact, is_wrong, sampled_strips
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.records import OK, WRONG
+from efficient_attn.benchmarking.worker import Outcome
 
 WARM_UP = 1024
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks.harness.cells import BACKWARD, FORWARD, Cell
-from benchmarks.harness.records import OK, WRONG
-from benchmarks.harness.worker import Outcome
 from benchmarks.peers import OWN_FORWARD, PEERS, Contender, Race
-from benchmarks.peers.contender import Definition
 from benchmarks.subjects import subject
-
-from .gate import Exact, errors, is_wrong, sampled_strips, sparse_cotangent
-from .inputs import normal_inputs
-from .instruments import INSTRUMENTS
-from .timing import EFFORTS, interleaved, ratio, warmed_up
+from efficient_attn.benchmarking.cells import FORWARD, Cell
+from efficient_attn.benchmarking.contender import Definition, backend_of, contender_of, work_of
+from efficient_attn.benchmarking.gate import (
+    Exact,
+    errors,
+    is_wrong,
+    plain,
+    said,
+    sampled_strips,
+    sparse_cotangent,
+)
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.instruments import times_of
+from efficient_attn.benchmarking.records import OK, WRONG
+from efficient_attn.benchmarking.timing import ratio
+from efficient_attn.benchmarking.worker import Outcome
 
 SHARE = "the share of the forward pass in forward and backward; 0.25 is 4 times as long"
 
@@ -72,43 +73,6 @@ def gate(
     return found
 
 
-def work_of(contender: Contender, work: str) -> Callable[[], object]:
-    """What is timed: the forward pass without a graph, the backward pass, or both."""
-    if work == FORWARD:
-        return torch.no_grad()(contender.forward)
-    output = contender.forward()
-    cotangent = torch.randn_like(output.detach())
-    if work == BACKWARD:
-        return lambda: torch.autograd.grad(output, contender.leaves, cotangent, retain_graph=True)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(contender.forward(), contender.leaves, cotangent)
-
-    return forward_backward
-
-
-def backend_of(explanation: str) -> str:
-    return next(line.removeprefix("backend: ") for line in explanation.splitlines() if "backend: " in line)
-
-
 def ours_in(given: Race) -> Contender:
-    mechanism = given.mechanism
-    leaves = (*given.inputs, *mechanism.parameters())
-    return Contender(lambda: mechanism(*given.inputs), leaves, mechanism)
-
-
-def times_of(cell: Cell, works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    samplers, seconds_a_round, effort = {}, 0.0, EFFORTS[cell.effort]
-    for name, work in works.items():
-        samplers[name], seconds = warmed_up(work, INSTRUMENTS[cell.device].clock, effort.warm_up)
-        seconds_a_round += seconds
-    samples = interleaved(samplers, effort.rounds(seconds_a_round))
-    return {name: [float(f"{s:.5g}") for s in each] for name, each in samples.items()}
-
-
-def plain(found: dict[str, float]) -> dict[str, Any]:
-    return {name: error if math.isfinite(error) else None for name, error in found.items()}
-
-
-def said(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} off by {error:.2g}" for name, error in found.items())
+    """Our side."""
+    return contender_of(given.mechanism, given.inputs)

@@ -7,12 +7,11 @@ from functools import lru_cache
 
 import torch
 
-from benchmarks.harness.cells import BACKWARD, FORWARD, Cell
 from efficient_attn import Mechanism
+from efficient_attn.benchmarking.cells import BACKWARD, FORWARD, Cell
+from efficient_attn.benchmarking.instruments import INSTRUMENTS
 from efficient_attn.complexity import Shape
 from efficient_attn.mechanisms import SoftmaxMechanism
-
-from .instruments import INSTRUMENTS
 
 SAMPLES = 9
 SQUARE = {"cuda": 8192, "cpu": 512}

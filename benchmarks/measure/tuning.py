@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.cells import BACKWARD, FORWARD, Cell
-from benchmarks.harness.records import WRONG
-from benchmarks.harness.worker import Outcome, Unsupported
 from benchmarks.peers import Race
+from efficient_attn.benchmarking.cells import BACKWARD, FORWARD, Cell
+from efficient_attn.benchmarking.contender import work_of
+from efficient_attn.benchmarking.gate import is_wrong, said
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.instruments import INSTRUMENTS
+from efficient_attn.benchmarking.records import WRONG
+from efficient_attn.benchmarking.timing import EFFORTS, Sampler, interleaved, ratio, warmed_up
+from efficient_attn.benchmarking.worker import Outcome, Unsupported
 from efficient_attn.kernels.configs import SHARED_MEMORY, Config, Key, architecture, size_class
 
-from .gate import is_wrong
-from .inputs import normal_inputs
-from .instruments import INSTRUMENTS
-from .races import gate, ours_in, said, work_of
-from .timing import EFFORTS, Sampler, interleaved, ratio, warmed_up
+from .races import gate, ours_in
 
 ConfigTable = MutableMapping[str, dict[Key, Config]]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from efficient_attn.benchmarking.contender import Contender
+
 from . import fla
-from .contender import Contender, Race
+from .contender import Race
 from .flex_attention import flex
 from .idiap import fast_transformers
 from .linear_forms import chunks, cumsum, projected_sdpa, two_products

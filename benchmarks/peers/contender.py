@@ -1,55 +1,19 @@
-"""One side of a race: something that computes attention on inputs that lie ready in its own layout."""
+"""What peers are given, and how they say that they cannot take it."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import Cell
-from benchmarks.harness.environment import installed
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import Mechanism
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-class Definition(Protocol):
-    """What a contender says that it computes: the matrix that weighs the values, as a module."""
-
-    def matrix(self, q: Tensor, k: Tensor, *, q_offset: int) -> Tensor: ...
-
-    def double(self) -> Definition: ...
-
-    def parameters(self) -> Iterator[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A computation and what its gradients are taken with respect to.
-
-    Args:
-        forward: computes the output; masks, tables and layouts were prepared before.
-        leaves: q, k and v, and any parameters in the order of ours.
-        computes: the definition that the output is held against; mostly our own mechanism.
-        to_heads: from its own layout to (B, H, L, E), for outputs and for gradients of q, k and v.
-        remark: what a reader must know to judge the comparison.
-        given: the q, k and v in heads that its definition starts from, if they are not the race's.
-    """
-
-    forward: Callable[[], Tensor]
-    leaves: tuple[Tensor, ...]
-    computes: Definition
-    to_heads: Callable[[Tensor], Tensor] = _as_it_is
-    remark: str = ""
-    given: tuple[Tensor, Tensor, Tensor] | None = None
+from efficient_attn.benchmarking.cells import Cell
+from efficient_attn.benchmarking.environment import installed
+from efficient_attn.benchmarking.worker import Unsupported
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import LinearAttention
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 
-from .contender import Contender, Race, heads_first, needed, tokens_first, tried
+from .contender import Race, heads_first, needed, tokens_first, tried
 
 
 class Unnormalised(nn.Module):

@@ -17,13 +17,14 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.harness.cells import BACKWARD, FORWARD
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import BigBirdAttention
+from efficient_attn.benchmarking.cells import BACKWARD, FORWARD
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 from efficient_attn.masks import Mask
 from efficient_attn.mechanisms import SoftmaxMechanism
 
-from .contender import Contender, Race
+from .contender import Race
 
 BLOCK_SIZE = 64
 """About an eighth faster on a CPU than the default of 128: a window of 256 wastes less of it."""

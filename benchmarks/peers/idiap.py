@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import LinearAttention
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 
-from .contender import Contender, Race, needed
+from .contender import Race, needed
 
 EPSILON = 1e-6
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import LinearAttention, LinformerAttention
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 
-from .contender import Contender, Race
+from .contender import Race
 
 CHUNK = 64
 LARGEST = 1 << 30

@@ -12,15 +12,16 @@ import io
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import (
     LinformerAttention,
     LongformerAttention,
     PerformerAttention,
     SlidingWindowAttention,
 )
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 
-from .contender import Contender, Race, needed
+from .contender import Race, needed
 
 
 def performer_pytorch(race: Race) -> Contender:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import FullAttention
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 from efficient_attn.masks import Everything
 from efficient_attn.mechanisms import SoftmaxMechanism
 
-from .contender import Contender, Race, tried
+from .contender import Race, tried
 
 
 def sdpa(race: Race) -> Contender:

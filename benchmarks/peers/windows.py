@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.harness.worker import Unsupported
 from efficient_attn import FullAttention, SlidingWindowAttention
+from efficient_attn.benchmarking.contender import Contender
+from efficient_attn.benchmarking.worker import Unsupported
 
-from .contender import Contender, Race, heads_first, needed, tokens_first, tried
+from .contender import Race, heads_first, needed, tokens_first, tried
 
 UNBOUNDED = -1
 

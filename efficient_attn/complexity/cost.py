@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -105,12 +105,16 @@ class Cost:
 
     Attributes:
         flops: in matrix products; under the basis that was asked for.
-        bytes_read, bytes_written: the least traffic: every input read once, every output written once.
+        bytes_read, bytes_written: the least traffic of a forward pass: every input read once, every output written
+            once. Decoding reads the state and the new tokens, and writes the output and what changes in the state.
         params: learnt numbers.
         saved_bytes: kept from the forward pass for the backward pass, inputs included; 0 unless training.
             Exact for the backends that "auto" takes, an estimate for "reference".
         peak_bytes: an estimate of what is allocated at once: output, saved (inputs excepted), workspace.
+        transient_bytes: that part of it which is gone when the pass returns: workspace, and when training the
+            gradients of the inputs, which the next call of the backward pass consumes.
         state_bytes: of the decode state after `kv_len` tokens, none of them masked; 0 if the mechanism cannot decode.
+        kv_bytes_per_token: by which the decode state grows with each token; 0 if it does not grow.
         terms: forward FLOPs by name; they sum to `flops.forward`.
     """
 
@@ -120,13 +124,43 @@ class Cost:
     params: int = 0
     saved_bytes: int = 0
     peak_bytes: int = 0
+    transient_bytes: int = 0
     state_bytes: int = 0
+    kv_bytes_per_token: int = 0
     terms: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of_state(cls, state_bytes: int) -> Cost:
+    def of_state(cls, state_bytes: int, kv_bytes_per_token: int = 0) -> Cost:
         """Nothing but a decode state."""
-        return cls(Flops(0), state_bytes=state_bytes)
+        return cls(Flops(0), state_bytes=state_bytes, kv_bytes_per_token=kv_bytes_per_token)
+
+    @classmethod
+    def of_product(
+        cls,
+        name: str,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        itemsize: int,
+        training: bool = False,
+    ) -> Cost:
+        """`rows` tokens times a weight, plus a bias; the backward pass is two products of that size."""
+        forward = 2 * rows * in_features * out_features
+        params = in_features * out_features + out_features * bias
+        return cls(
+            flops=Flops(forward, backward=2 * forward if training else 0),
+            bytes_read=(rows * in_features + params) * itemsize,
+            bytes_written=rows * out_features * itemsize,
+            params=params,
+            terms={name: forward},
+        )
+
+    @property
+    def traffic(self) -> int:
+        """Bytes read and written together."""
+        return self.bytes_read + self.bytes_written
 
     def __add__(self, other: Cost) -> Cost:
         """One call after the other, what both keep for the backward pass held together."""
@@ -139,7 +173,9 @@ class Cost:
             self.params + other.params,
             self.saved_bytes + other.saved_bytes,
             max(self.peak_bytes + other.saved_bytes, other.peak_bytes + self.saved_bytes),
+            max(self.transient_bytes, other.transient_bytes),
             self.state_bytes + other.state_bytes,
+            self.kv_bytes_per_token + other.kv_bytes_per_token,
             {
                 name: self.terms.get(name, 0) + other.terms.get(name, 0)
                 for name in {**self.terms, **other.terms}
@@ -156,11 +192,28 @@ class Cost:
             self.params * times,
             self.saved_bytes * times,
             self.peak_bytes + self.saved_bytes * (times - 1) if times else 0,
+            self.transient_bytes if times else 0,
             self.state_bytes * times,
+            self.kv_bytes_per_token * times,
             {name: value * times for name, value in self.terms.items()},
         )
 
     __rmul__ = __mul__
+
+    def checkpointed(self, input_bytes: int) -> Cost:
+        """The same call under gradient checkpointing: kept are its `input_bytes`, all else is computed again.
+
+        Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174, section 4.1.
+        """
+        check_positive("input_bytes", input_bytes, least=0)
+        again = replace(self.flops, recompute=self.flops.recompute + self.flops.forward)
+        return replace(
+            self,
+            flops=again,
+            saved_bytes=input_bytes,
+            peak_bytes=max(self.peak_bytes, self.saved_bytes + self.transient_bytes),
+            transient_bytes=self.saved_bytes + self.transient_bytes,
+        )
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -208,6 +208,21 @@ class Mechanism(Loadable, ABC):
             shape, training, phase, basis, self._default_backend() if chosen == "auto" else chosen
         )
 
+    def evaluate(self, name: str, seq_len: int, head_dim: int, *, ranks: int = 1) -> float:
+        """A formula of `complexity`, such as "time", with this mechanism's own parameters in it.
+
+        Args:
+            name: "time", "memory", "sequential_steps", "decode_time", "state", "path" or "sent".
+            seq_len, head_dim, ranks: L, E and P.
+        Raises:
+            ValueError: for another name, or a formula with a letter that `complexity.symbols` does not explain.
+        """
+        values: dict[str, float] = {"L": seq_len, "E": head_dim, "P": ranks}
+        for letter, attribute in self.complexity.symbols.items():
+            value = getattr(self, attribute)
+            values[letter] = len(value) if isinstance(value, tuple) else value
+        return self.complexity.evaluate(name, values)
+
     def _default_backend(self) -> str:
         return next(backend.name for backend in self.backends if backend.portable)
 

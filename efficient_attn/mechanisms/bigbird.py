@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class BigBirdAttention(SoftmaxMechanism):
     complexity = Complexity(
         time="L*r*b*E", memory="L*E", decode_time="r*b*E", state="L*E", path="2",
         exactness="exact within a pattern", knob="num_random_blocks",
+        symbols={"r": "blocks_per_row", "b": "block_size"},
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +80,15 @@ class BigBirdAttention(SoftmaxMechanism):
         self.num_global_blocks = num_global_blocks
         self.num_random_blocks = num_random_blocks
         self.seed = seed
+        if not num_global_blocks:
+            # Where random blocks lead is not known beforehand.
+            path = "L/b" if num_window_blocks > 1 else "oo"
+            self.complexity = replace(self.complexity, path=path)
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks of keys that a block of queries sees, at most, if it is not global."""
+        return self.num_window_blocks + self.num_global_blocks + self.num_random_blocks
 
     def random_block_choices(self, block: int, num_blocks: int) -> tuple[int, ...]:
         """The blocks drawn for row block `block` of a sequence of `num_blocks` (which causal draws ignore)."""

@@ -11,7 +11,7 @@ from .. import inputs
 from ..complexity import Cost, Shape
 from ..feature_maps import FeatureMap
 from ..masks import Causal, Everything, Mask
-from ..ops.costs import linear_cost, softmax_cost
+from ..ops.costs import linear_cost, softmax_cost, step_traffic
 from ..ops.dense import softmax_matrix
 from ..ops.linear import LINEAR_BACKENDS, NOTHING, linear_matrix, linear_step
 from ..ops.problem import LinearProblem, SoftmaxProblem
@@ -141,14 +141,28 @@ class SoftmaxMechanism(Mechanism):
         return out
 
     def _cost(self, shape: Shape, training: bool, phase: str, basis: str, backend: str) -> Cost:
-        return softmax_cost(self.mask, shape, training, basis, backend) + Cost.of_state(
-            self._state_bytes(shape)
-        )
+        cost = softmax_cost(self.mask, shape, training, basis, backend)
+        if not self.is_causal:
+            return cost
+        per_token = self._bytes_per_token(shape)
+        grows = self.retained is None
+        cost += Cost.of_state(self._state_bytes(shape), shape.batch * per_token * grows)
+        if phase != "decode":
+            return cost
+        if self.retained is None:
+            grown = changed = shape.batch * shape.q_len * per_token
+        else:
+            kept = min(shape.q_len, self.retained[0] - 1 + self.retained[1])
+            grown, changed = 0, shape.batch * kept * (per_token + 1)
+        return step_traffic(cost, shape, grown, changed)
+
+    @staticmethod
+    def _bytes_per_token(shape: Shape) -> int:
+        """Of the keys and values of one token."""
+        return shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.dtype.itemsize
 
     def _state_bytes(self, shape: Shape) -> int:
-        if not self.is_causal:
-            return 0
-        per_token = shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.dtype.itemsize
+        per_token = self._bytes_per_token(shape)
         if self.retained is None:
             return shape.batch * shape.kv_len * per_token
         slots = self.retained[0] - 1 + self.retained[1]
@@ -208,11 +222,12 @@ class LinearMechanism(Mechanism):
 
     def _cost(self, shape: Shape, training: bool, phase: str, basis: str, backend: str) -> Cost:
         cost = linear_cost(self.feature_map, self.is_causal, shape, training, phase, basis, backend)
-        return cost + Cost.of_state(self._state_bytes(shape))
+        if not self.is_causal:
+            return cost
+        cost += Cost.of_state(self._state_bytes(shape))
+        return step_traffic(cost, shape, 0, cost.state_bytes) if phase == "decode" else cost
 
     def _state_bytes(self, shape: Shape) -> int:
-        if not self.is_causal:
-            return 0
         numbers = self.feature_map.num_features(shape.head_dim) * (shape.v_head_dim + 1)
         numbers += self.feature_map.has_exponent
         return shape.batch * shape.num_kv_heads * numbers * inputs.accumulation_dtype(shape.dtype).itemsize

@@ -34,6 +34,7 @@ class LinearAttention(LinearMechanism):
         state="E**2",
         path="1",
         exactness="different operator",
+        sent="2*E**2*(P-1)/P",
     )
 
     def __init__(

@@ -53,6 +53,8 @@ class LinformerAttention(Mechanism):
         path="1",
         exactness="approximate",
         knob="rank",
+        sent="4*k*E*(P-1)/P",
+        symbols={"k": "rank"},
     )
     key_projection: nn.Parameter
     value_projection: nn.Parameter | None

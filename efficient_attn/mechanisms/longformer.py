@@ -38,7 +38,8 @@ class LongformerAttention(SoftmaxMechanism):
 
     complexity = Complexity(
         time="L*(w+g)*E", memory="L*E", decode_time="(w+g)*E", state="(w+g)*E", path="2",
-        exactness="exact within a pattern", knob="window_size",
+        exactness="exact within a pattern", knob="window_size", sent="2*(w+g)*E*(P-1)/P",
+        symbols={"w": "window_size", "g": "global_tokens"},
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +65,8 @@ class LongformerAttention(SoftmaxMechanism):
         self.window_size = window_size
         if not prefix:
             self.complexity = replace(self.complexity, state="L*E")
+        if not global_tokens:
+            self.complexity = replace(self.complexity, path="L/(w-1)")
         self.global_tokens = global_tokens if prefix else tuple(global_tokens)
 
     def _describe(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class PerformerAttention(LinearMechanism):
 
     complexity = Complexity(
         time="L*m*E", memory="L*E+m*E", decode_time="m*E", state="m*E", path="1",
-        exactness="approximate", knob="num_features",
+        exactness="approximate", knob="num_features", sent="2*m*E*(P-1)/P",
+        symbols={"m": "num_features"},
     )  # fmt: skip
     feature_map: Favor
 
@@ -55,6 +56,7 @@ class PerformerAttention(LinearMechanism):
         super().__init__(feature_map, is_causal=is_causal, scale=scale, backend=backend)
         self.kernel = kernel
         self.head_dim = head_dim
+        self.num_features = features
 
     def reset_parameters(self) -> None:
         """Draw the projection of the seed again: after `to_empty`, or instead of a loaded one."""

@@ -33,8 +33,8 @@ class SlidingWindowAttention(SoftmaxMechanism):
     """
 
     complexity = Complexity(
-        time="L*w*E", memory="L*E", decode_time="w*E", state="w*E", path="L/w",
-        exactness="exact within a pattern", knob="window_size",
+        time="L*w*E", memory="L*E", decode_time="w*E", state="w*E", path="L/(w-1)",
+        exactness="exact within a pattern", knob="window_size", sent="2*w*E*(P-1)/P", symbols={"w": "window_size"},
     )  # fmt: skip
 
     def __init__(

@@ -37,7 +37,7 @@ class SparseTransformerAttention(SoftmaxMechanism):
 
     complexity = Complexity(
         time="L*(s+L/s)*E", memory="L*E", decode_time="(s+L/s)*E", state="L*E", path="2",
-        exactness="exact within a pattern", knob="stride",
+        exactness="exact within a pattern", knob="stride", symbols={"s": "stride"},
     )  # fmt: skip
 
     def __init__(

@@ -13,6 +13,7 @@ from ..inputs import accumulation_dtype, full_precision
 from .dense import grouped_matmul, safe_softmax
 from .problem import Problem, anchors
 from .softmax import attend_where
+from .workspaces import compressed_workspace
 
 
 @dataclass(kw_only=True)
@@ -117,12 +118,16 @@ def compressed_cost(
     saved = shape.q_numel + shape.k_numel + shape.v_numel + shape.out_numel + small + rows
     if shape.dtype.itemsize < width:
         saved += 2 * heads * shape.kv_len * rank  # the projections in the accumulation dtype
+    saved *= width
+    workspace = compressed_workspace(rank, heads, num_params, shape, training)
+    kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,
         bytes_read=shape.input_bytes + num_params * shape.dtype.itemsize,
         bytes_written=shape.output_bytes,
         params=num_params,
-        saved_bytes=saved * width if training else 0,
-        peak_bytes=shape.output_bytes * 2 + small * width * 3 + rows * width + shape.input_bytes * 2,
+        saved_bytes=saved if training else 0,
+        peak_bytes=kept + workspace,
+        transient_bytes=workspace,
         terms=terms,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..complexity import Cost, Flops, Shape
+from ..complexity.counting import FORMULAS
 from ..feature_maps import FeatureMap, formula_of
 from ..inputs import accumulation_dtype
 from ..kernels.block_sparse.pairs import multiplied_pairs
@@ -18,8 +21,9 @@ from .linear_kernel_costs import (
     chunked_linear_steps_forward_flops,
     linear_kernel_cost,
 )
-from .scan import BLOCK_ROWS, CHUNK
+from .scan import CHUNK
 from .tiles import TILE_KEYS, TILE_ROWS
+from .workspaces import blocked_workspace, scan_workspace, sdpa_workspace
 
 
 def tile_pairs(mask: Mask, q_len: int, num_keys: int, q_offset: int | None = None) -> int:
@@ -58,23 +62,22 @@ def softmax_cost(mask: Mask, shape: Shape, training: bool, basis: str, backend: 
     rows = shape.batch * shape.num_heads * shape.q_len
     log_sums = rows * width
     saved = shape.input_bytes + shape.output_bytes + log_sums
-    dense = shape.batch * shape.num_heads * shape.q_len * shape.kv_len * width
-    workspace = 4 * dense
-    if backend != "reference":
-        tile = (
-            shape.batch * shape.num_heads * min(TILE_ROWS, shape.q_len) * min(TILE_KEYS, shape.kv_len) * width
-        )
-        workspace = (
-            4 * tile + (shape.out_numel + (shape.q_numel + shape.k_numel + shape.v_numel) * training) * width
-        )
+    if backend == "blocked":
+        workspace = blocked_workspace(mask, shape, training)
     else:
-        saved += dense * 2
+        workspace = sdpa_workspace(shape, training)
+    if backend == "reference":
+        dense = shape.batch * shape.num_heads * shape.q_len * shape.kv_len * width
+        saved += 2 * dense
+        workspace += 4 * dense
+    kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
         saved_bytes=saved if training else 0,
-        peak_bytes=shape.output_bytes + log_sums + workspace,
+        peak_bytes=kept + workspace,
+        transient_bytes=workspace,
         terms={"scores": 2 * pairs * shape.head_dim, "values": 2 * pairs * shape.v_head_dim},
     )
 
@@ -107,16 +110,31 @@ def _kernel_cost(mask: Mask, shape: Shape, training: bool, basis: str) -> Cost:
         flops = Flops(flops.forward, flops.backward + flops.recompute)
     width = accumulation_dtype(shape.dtype).itemsize
     sums = heads * shape.q_len * width
+    # A mask that takes several launches sums their parts in full precision; backward there are three gradients.
     chained = len(parts_of(mask, by_key=training)) > 1
     numbers = shape.out_numel + (shape.q_numel + shape.k_numel + shape.v_numel) * training
+    workspace = sums + chained * numbers * width + shape.input_bytes * training
+    saved = shape.input_bytes + shape.output_bytes + sums
+    kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
-        saved_bytes=shape.input_bytes + shape.output_bytes + sums if training else 0,
-        peak_bytes=shape.output_bytes + sums * (1 + training) + chained * numbers * width,
+        saved_bytes=saved if training else 0,
+        peak_bytes=kept + workspace,
+        transient_bytes=workspace,
         terms={"scores": 2 * pairs * size, "values": 2 * pairs * v_size},
     )
+
+
+def step_traffic(cost: Cost, shape: Shape, grown: int, changed: int) -> Cost:
+    """`cost` with the traffic of a step of `q_len` tokens: the state as it was is read, `changed` bytes are written.
+
+    `grown` is by how many bytes the step makes the state larger.
+    """
+    new = replace(shape, kv_len=shape.q_len)
+    read = new.input_bytes + cost.state_bytes - grown
+    return replace(cost, bytes_read=read, bytes_written=shape.output_bytes + changed)
 
 
 def _tile_width(size: int) -> int:
@@ -185,14 +203,16 @@ def linear_cost(
         saved = (
             _features_saved(phi, is_causal, shape) * width + rows
         )  # a byte a row says which rows are empty
-    workspace = BLOCK_ROWS * (3 * size + 2 * values) * width
+    workspace = scan_workspace(phi, is_causal, shape, training)
+    kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
         params=phi.params(),
         saved_bytes=saved if training else 0,
-        peak_bytes=(2 if training else 1) * saved + workspace,
+        peak_bytes=kept + workspace,
+        transient_bytes=workspace,
         terms=terms,
     )
 
@@ -218,22 +238,8 @@ def register_flop_formulas() -> None:
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    operators = torch.ops.efficient_attn
-    formulas = {
-        operators.blocked_forward: _blocked_forward_flops,
-        operators.blocked_backward: _blocked_backward_flops,
-        operators.block_sparse_forward: _block_sparse_forward_flops,
-        operators.block_sparse_backward: _block_sparse_backward_flops,
-        operators.linear_forward: _linear_forward_flops,
-        operators.linear_backward: _linear_backward_flops,
-        operators.linear_scan: _scan_flops,
-        operators.chunked_linear_forward: chunked_linear_forward_flops,
-        operators.chunked_linear_backward: chunked_linear_backward_flops,
-        operators.chunked_linear_step: chunked_linear_step_flops,
-        operators.chunked_linear_steps_forward: chunked_linear_steps_forward_flops,
-        operators.chunked_linear_steps_backward: chunked_linear_steps_backward_flops,
-    }
-    for operator, formula in formulas.items():
+    for name, formula in FORMULAS.items():
+        operator = getattr(torch.ops.efficient_attn, name.removeprefix("efficient_attn::"))
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)
 
@@ -305,3 +311,21 @@ def _scan_flops(q, k, v, *rest, out_shape=None, **kwargs) -> int:  # type: ignor
     values, copies = v[4], k[2]
     inside = groups * copies * scan_pairs(length) * (size + values)
     return 2 * batch * heads * (inside + (groups + copies) * length * size * values)
+
+
+FORMULAS.update(
+    {
+        "efficient_attn::blocked_forward": _blocked_forward_flops,
+        "efficient_attn::blocked_backward": _blocked_backward_flops,
+        "efficient_attn::block_sparse_forward": _block_sparse_forward_flops,
+        "efficient_attn::block_sparse_backward": _block_sparse_backward_flops,
+        "efficient_attn::linear_forward": _linear_forward_flops,
+        "efficient_attn::linear_backward": _linear_backward_flops,
+        "efficient_attn::linear_scan": _scan_flops,
+        "efficient_attn::chunked_linear_forward": chunked_linear_forward_flops,
+        "efficient_attn::chunked_linear_backward": chunked_linear_backward_flops,
+        "efficient_attn::chunked_linear_step": chunked_linear_step_flops,
+        "efficient_attn::chunked_linear_steps_forward": chunked_linear_steps_forward_flops,
+        "efficient_attn::chunked_linear_steps_backward": chunked_linear_steps_backward_flops,
+    }
+)

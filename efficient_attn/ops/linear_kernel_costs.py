@@ -75,14 +75,17 @@ def linear_kernel_cost(
     if many_tokens:
         # The state before them.
         saved += 4 * s.batch * s.kv_heads * (s.features * (s.values + 1) + s.has_exponent)
-    workspace = 0 if one_token else 4 * counts.workspace(s, training)
+    workspace = 0 if one_token else 4 * (counts.workspace(s, training) + s.rows)
+    workspace += shape.input_bytes * training
+    kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,
         bytes_read=shape.input_bytes,
         bytes_written=shape.output_bytes,
         params=phi.params(),
         saved_bytes=saved if training else 0,
-        peak_bytes=(2 if training else 1) * saved + workspace,
+        peak_bytes=kept + workspace,
+        transient_bytes=workspace,
         terms=dict(forward),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +56,49 @@ def count(run: Callable[[], Any]) -> Counter:
     with sdpa_kernel(SDPBackend.MATH), Counter() as counter:
         run()
     return counter
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that are allocated at once inside, by operators; `known` tensors do not count.
+
+    Storages are counted from the operator that makes them until they are freed, whatever the device. What a kernel
+    takes and gives back before it returns is not seen, but in the package's own operators, which are opened.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = 0
+        self.bytes = 0
+        self._counted = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in IMPLEMENTATIONS:
+            with self:
+                return IMPLEMENTATIONS[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in self._counted:
+                self._counted.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.bytes = max(self.bytes, self.live)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, address: int, size: int) -> None:
+        self._counted.discard(address)
+        self.live -= size
+
+
+def peak_bytes(mechanism: Callable[..., Tensor], inputs: Sequence[Tensor], learnt: Sequence[Tensor]) -> int:
+    """The peak of a forward pass, and of the backward pass if the inputs want gradients; what is given not counted."""
+    training = any(x.requires_grad for x in inputs)
+    grad = torch.ones_like(mechanism(*inputs))
+    with torch.set_grad_enabled(training), Peak([*inputs, *learnt, grad]) as peak:
+        out = mechanism(*inputs)
+        if training:
+            torch.autograd.grad(out, [*inputs, *(x for x in learnt if x.requires_grad)], grad)
+    return peak.bytes
 
 
 def saved_bytes(run: Callable[[], Any], besides: tuple[Tensor, ...] = ()) -> int:

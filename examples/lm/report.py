@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from efficient_attn.benchmarking.tables import size_text, three
+
 from .train import write_atomically
 
 Results = dict[str, Any]
@@ -176,9 +178,9 @@ def _scaling_table(results: Results) -> Table:
     table = _table("One attention layer, one sequence, by length", "", *lengths)
     for name, row in results["mechanisms"].items():
         cells = list(row["scaling"].values())
-        table.add_row(name, "forward ms", *(_three(cell["forward_seconds"] * 1e3) for cell in cells))
-        table.add_row("", "+ backward", *(_three(cell["forward_backward_seconds"] * 1e3) for cell in cells))
-        table.add_row("", "peak MiB", *(_three(cell["peak_bytes"] / 2**20) for cell in cells))
+        table.add_row(name, "forward ms", *(three(cell["forward_seconds"] * 1e3) for cell in cells))
+        table.add_row("", "+ backward", *(three(cell["forward_backward_seconds"] * 1e3) for cell in cells))
+        table.add_row("", "peak MiB", *(three(cell["peak_bytes"] / 2**20) for cell in cells))
     return table
 
 
@@ -208,18 +210,6 @@ def _table(title: str, *headings: str, caption: str | None = None) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
-
-
-def size_text(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{_three(count)} {unit}"
-        count /= 1024
-    return f"{_three(count)} GiB"
-
-
-def _three(number: float) -> str:
-    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def _visible(text: str) -> str:

@@ -7,8 +7,8 @@ import resource
 import signal
 import time
 
-from benchmarks.harness.cells import Cell
-from benchmarks.harness.worker import Outcome, Unsupported
+from efficient_attn.benchmarking.cells import Cell
+from efficient_attn.benchmarking.worker import Outcome, Unsupported
 
 
 def behave(cell: Cell) -> Outcome:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cpu, plan
-from benchmarks.harness import command, environment, run
-from benchmarks.harness.cells import FORWARD, MEMORY, Cell, Target
-from benchmarks.harness.environment import ROOT, fingerprint, usable_cores
-from benchmarks.harness.records import Records, key_of
-from benchmarks.harness.worker import Outcome
+from benchmarks.harness import command
+from efficient_attn.benchmarking import environment, run
+from efficient_attn.benchmarking.cells import FORWARD, MEMORY, Cell, Target
+from efficient_attn.benchmarking.environment import ROOT, fingerprint, usable_cores
+from efficient_attn.benchmarking.records import Records, key_of
+from efficient_attn.benchmarking.worker import Outcome
 from tests.benchmarks.measurers import behave
 
 TINY = (
@@ -29,7 +30,9 @@ SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "cpu.py")]
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SECTIONS", {"tiny": lambda at: iter(TINY)})
-    monkeypatch.setattr(environment, "sources_digest", lambda: "of sources that nobody edits meanwhile")
+    monkeypatch.setattr(
+        environment, "sources_digest", lambda origin: "of sources that nobody edits meanwhile"
+    )
     monkeypatch.setattr(plan, "target_of", {cell: cell.target for cell in TINY}.get)
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import subjects
-from benchmarks.harness.cells import FORWARD, TRAINING, Cell
-from benchmarks.harness.worker import Unsupported
-from benchmarks.measure.gate import Exact, errors, is_wrong, sampled_strips, sparse_cotangent
-from benchmarks.measure.inputs import normal_inputs
 from benchmarks.measure.races import gate
 from benchmarks.peers import PEERS, Contender, Race, contender, flex_attention
 from benchmarks.subjects import SUBJECTS, subject
 from efficient_attn import MECHANISMS, FullAttention
+from efficient_attn.benchmarking.cells import FORWARD, TRAINING, Cell
+from efficient_attn.benchmarking.gate import Exact, errors, is_wrong, sampled_strips, sparse_cotangent
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.worker import Unsupported
 from efficient_attn.mechanisms import SoftmaxMechanism
 
 LENGTH = 192

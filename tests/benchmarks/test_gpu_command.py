@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from benchmarks import gpu, page, plan_gpu
-from benchmarks.harness import environment, run
-from benchmarks.harness.cells import BACKWARD, CAPACITY, FORWARD, TABLES, TRAINING, TUNE, Cell
-from benchmarks.harness.environment import ROOT
 from benchmarks.harness.gpu_tables import gpu_tables
-from benchmarks.harness.records import Record, Records, key_of
-from benchmarks.harness.worker import Worker
+from efficient_attn.benchmarking import environment, run
+from efficient_attn.benchmarking.cells import BACKWARD, CAPACITY, FORWARD, TABLES, TRAINING, TUNE, Cell
+from efficient_attn.benchmarking.environment import ROOT
+from efficient_attn.benchmarking.records import Record, Records, key_of
+from efficient_attn.benchmarking.worker import Worker
 from tests.benchmarks.measurers import behave
 from tests.benchmarks.test_tables import ENVIRONMENT
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import environment
-from benchmarks.measure import cuda
+from efficient_attn.benchmarking import cuda, environment
 
 
 @pytest.fixture

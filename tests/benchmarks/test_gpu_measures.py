@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.cells import (
+from benchmarks.measure import accelerated, roofline
+from benchmarks.measure.accelerated import measure, strips_of, wrong_ones
+from benchmarks.peers import PEERS, Contender, Race
+from benchmarks.subjects import subject
+from efficient_attn.benchmarking import instruments
+from efficient_attn.benchmarking.cells import (
     BACKWARD,
     CAPACITY,
     DECODE,
@@ -20,12 +25,8 @@ from benchmarks.harness.cells import (
     TRAINING,
     Cell,
 )
-from benchmarks.harness.records import ERROR, OK, OOM, WRONG
-from benchmarks.harness.worker import Unsupported
-from benchmarks.measure import accelerated, instruments, roofline
-from benchmarks.measure.accelerated import measure, strips_of, wrong_ones
-from benchmarks.peers import PEERS, Contender, Race
-from benchmarks.subjects import subject
+from efficient_attn.benchmarking.records import ERROR, OK, OOM, WRONG
+from efficient_attn.benchmarking.worker import Unsupported
 
 TINY = Cell("tiny", "window 256, causal", FORWARD, 96, "masked SDPA", heads=2, head_dim=16, effort="dry")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import FORWARD, TRAINING, Cell
-from benchmarks.harness.worker import Unsupported
-from benchmarks.measure.gate import is_wrong
-from benchmarks.measure.inputs import normal_inputs
 from benchmarks.measure.races import gate
 from benchmarks.peers import PEERS, Race, contender, fla, flex_attention, windows
 from benchmarks.subjects import SUBJECTS
 from efficient_attn import FullAttention, SlidingWindowAttention
+from efficient_attn.benchmarking.cells import FORWARD, TRAINING, Cell
+from efficient_attn.benchmarking.gate import is_wrong
+from efficient_attn.benchmarking.inputs import normal_inputs
+from efficient_attn.benchmarking.worker import Unsupported
 from efficient_attn.mechanisms import Mechanism
 
 LENGTH, BATCH = 150, 2

@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import plan_gpu
-from benchmarks.harness.cells import BACKWARD, CAPACITY, FORWARD, RACES, TABLES, TRAINING, TUNE, Cell, Target
 from benchmarks.measure import tuning
 from benchmarks.peers import PEERS
 from benchmarks.subjects import SUBJECTS
+from efficient_attn.benchmarking.cells import (
+    BACKWARD,
+    CAPACITY,
+    FORWARD,
+    RACES,
+    TABLES,
+    TRAINING,
+    TUNE,
+    Cell,
+    Target,
+)
 
 FULL = plan_gpu.cells(plan_gpu.SECTIONS, "full")
 JUDGED = 65_536

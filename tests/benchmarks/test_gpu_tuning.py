@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.cells import FORWARD, TUNE, Cell
 from benchmarks.harness.gpu_tables import tuned
-from benchmarks.harness.records import OK
-from benchmarks.harness.worker import Unsupported
 from benchmarks.measure import accelerated, tuning
 from benchmarks.measure.tuning import judged_by, neighbours, replaced, said_of
 from benchmarks.subjects import subject
+from efficient_attn.benchmarking.cells import FORWARD, TUNE, Cell
+from efficient_attn.benchmarking.records import OK
+from efficient_attn.benchmarking.worker import Unsupported
 from efficient_attn.kernels.configs import Config
 
 KEY = (90, 2, 64)

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.cells import (
+from benchmarks.measure import measure, memory, races
+from benchmarks.peers import OWN_FORWARD, PEERS, Contender, Race
+from efficient_attn.benchmarking import decode, instruments, timing
+from efficient_attn.benchmarking.cells import (
     CAPACITY,
     CAPACITY_FORWARD,
     DECODE,
@@ -18,10 +21,8 @@ from benchmarks.harness.cells import (
     TRAINING,
     Cell,
 )
-from benchmarks.harness.records import OK, WRONG
-from benchmarks.measure import decode, measure, memory, races, timing
-from benchmarks.measure.timing import Effort
-from benchmarks.peers import OWN_FORWARD, PEERS, Contender, Race
+from efficient_attn.benchmarking.records import OK, WRONG
+from efficient_attn.benchmarking.timing import Effort
 
 TINY = Cell("tiny", "window 256, causal", FORWARD, 96, "masked SDPA", heads=2, effort="quick")
 
@@ -29,7 +30,7 @@ TINY = Cell("tiny", "window 256, causal", FORWARD, 96, "masked SDPA", heads=2, e
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP", 0.0)
-    for module in (races, decode):
+    for module in (instruments, decode):
         monkeypatch.setattr(module, "EFFORTS", {"quick": Effort(seconds=0.05, least=3, most=5)})
 
 

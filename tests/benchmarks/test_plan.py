@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import plan
-from benchmarks.harness.cells import CAPACITY, CAPACITY_FORWARD, FORWARD, RACES, TRAINING, Cell, Target
 from benchmarks.peers import OWN_FORWARD, PEERS
 from benchmarks.subjects import SUBJECTS, is_subquadratic
 from efficient_attn import MECHANISMS
+from efficient_attn.benchmarking.cells import (
+    CAPACITY,
+    CAPACITY_FORWARD,
+    FORWARD,
+    RACES,
+    TRAINING,
+    Cell,
+    Target,
+)
 
 FULL = plan.cells(plan.SECTIONS, (1, 2), "full")
 W, L, B = "window 256, causal", "linear, causal", "bigbird b64"

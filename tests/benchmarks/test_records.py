@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import environment
-from benchmarks.harness.cells import FORWARD, Cell, Target
-from benchmarks.harness.records import Records, key_of
+from efficient_attn.benchmarking import environment
+from efficient_attn.benchmarking.cells import FORWARD, Cell, Target
+from efficient_attn.benchmarking.environment import Origin
+from efficient_attn.benchmarking.records import Records, key_of
 
 CELL = Cell("window", "window 256, causal", FORWARD, 1024, "masked SDPA", target=Target(28))
 
@@ -179,7 +180,7 @@ def test_the_digest_of_the_sources_sees_every_change_of_a_source_and_nothing_els
     single.write_text("y = 1\n")
 
     def digest() -> str:
-        return environment.sources_digest(tmp_path, ("package", "single.py"))
+        return environment.sources_digest(Origin(("package", "single.py")), tmp_path)
 
     first = digest()
     (tmp_path / "package" / "notes.txt").write_text("no source")

@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import page, plan
 from benchmarks.harness import tables as shown
-from benchmarks.harness.cells import CAPACITY, DECODE, FORWARD, MEMORY, Cell, Target
-from benchmarks.harness.records import Record, Records, key_of
+from efficient_attn.benchmarking import tables as printing
+from efficient_attn.benchmarking.cells import CAPACITY, DECODE, FORWARD, MEMORY, Cell, Target
+from efficient_attn.benchmarking.records import Record, Records, key_of
 
 ENVIRONMENT = {
     "cpu": "A Certain CPU",
@@ -177,15 +178,16 @@ def test_capacity_and_decode_show_what_was_found() -> None:
 def test_tables_are_printed_with_rich_and_without(
     rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not rich:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    shown.show(shown.tables(RECORDS, plan.targets("full")))
+    monkeypatch.setattr(printing, "rich_on", lambda stream: rich)
+    monkeypatch.setenv("COLUMNS", "200")
+    printing.show(shown.tables(RECORDS, plan.targets("full")))
     printed = capsys.readouterr().out
     for text in ("MISSED", "met", "30x", "≥ 28", "oom", "not finite WRONG", "110 ±0"):
         assert text in printed
     if not rich:
         lines = [line for line in printed.splitlines() if "masked SDPA" in line]
         assert len({line.index("masked SDPA") for line in lines}) == 1, "columns are aligned"
+    assert ("───" in printed) == rich
 
 
 def write(path: Path, records: list[Record]) -> Path:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from benchmarks.measure import timing
-from benchmarks.measure.timing import Effort, interleaved, ratio, wall_clock, warmed_up
+from efficient_attn.benchmarking import timing
+from efficient_attn.benchmarking.timing import Effort, interleaved, ratio, wall_clock, warmed_up
 
 
 def test_contenders_take_turns_in_swapped_order() -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.harness.cells import FORWARD, MEMORY, Cell
-from benchmarks.harness.environment import available_bytes
-from benchmarks.harness.records import ERROR, OK, OOM, TIMEOUT, UNSUPPORTED
-from benchmarks.harness.worker import Outcome, Worker, _attempt
+from efficient_attn.benchmarking.cells import FORWARD, MEMORY, Cell
+from efficient_attn.benchmarking.environment import available_bytes
+from efficient_attn.benchmarking.records import ERROR, OK, OOM, TIMEOUT, UNSUPPORTED
+from efficient_attn.benchmarking.worker import Outcome, Worker, _attempt
 from tests.benchmarks.measurers import behave
 
 

@@ -84,6 +84,33 @@ SUMS = (
     ),
 )
 
+PRODUCTS = (
+    Mutant(
+        COST,
+        "forward = 2 * rows * in_features * out_features",
+        "forward = rows * in_features * out_features",
+        "a multiply-accumulate of a projection counts 1",
+    ),
+    Mutant(
+        COST,
+        "backward=2 * forward if training else 0",
+        "backward=forward if training else 0",
+        "a projection has one product in its backward pass",
+    ),
+    Mutant(
+        COST,
+        "params = in_features * out_features + out_features * bias",
+        "params = in_features * out_features",
+        "biases are no parameters",
+    ),
+    Mutant(
+        COST,
+        "bytes_read=(rows * in_features + params) * itemsize,",
+        "bytes_read=rows * in_features * itemsize,",
+        "the weights of a projection are not read",
+    ),
+)
+
 COMPRESSED = (
     Mutant(
         COMPRESS,
@@ -149,8 +176,8 @@ COMPRESSED = (
 
 SUBJECT = Subject(
     "costs",
-    SHAPES + SUMS + COMPRESSED,
-    tests=("tests/test_cost_sums.py",),
+    SHAPES + SUMS + PRODUCTS + COMPRESSED,
+    tests=("tests/test_cost_sums.py", "tests/test_layers.py"),
     mechanisms=("full", "sliding_window", "linformer", "linear", "performer"),
     first=(
         "declared_traffic_is_every_tensor_once",
@@ -160,5 +187,5 @@ SUBJECT = Subject(
         "model_flops_are_the_pairs_of_the_matrix",
         "torch_flops_are_what_torch_counts",
     ),
-    others=("tests/test_layers.py", "tests/test_errors.py"),
+    others=("tests/test_errors.py",),
 )

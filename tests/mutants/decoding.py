@@ -117,8 +117,8 @@ STEPS = (
 BYTES = (
     Mutant(
         FAMILIES,
-        "per_token = shape.num_kv_heads * (",
-        "per_token = shape.num_heads * (",
+        "return shape.num_kv_heads * (",
+        "return shape.num_heads * (",
         "a state is said to hold keys for every query head",
     ),
     Mutant(

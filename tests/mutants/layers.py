@@ -163,21 +163,6 @@ COSTS = (
         "the context costs as much as the queries",
     ),
     mutant(
-        "forward = 2 * rows * linear.in_features * linear.out_features",
-        "forward = rows * linear.in_features * linear.out_features",
-        "a multiply-accumulate of a projection counts 1",
-    ),
-    mutant(
-        "backward=2 * forward if training else 0",
-        "backward=forward if training else 0",
-        "a projection has one product in its backward pass",
-    ),
-    mutant(
-        "params = sum(parameter.numel() for parameter in linear.parameters())",
-        "params = linear.weight.numel()",
-        "biases are no parameters",
-    ),
-    mutant(
         "tokens = (queries + keys if cross else queries) * self.embed_dim * item",
         "tokens = queries * self.embed_dim * item",
         "the context is not kept for the backward pass",
@@ -191,11 +176,6 @@ COSTS = (
         "peak = qkv + max(inner.peak_bytes, kept + heads + merged + out)",
         "peak = max(inner.peak_bytes, kept + heads + merged + out)",
         "q, k and v take no memory",
-    ),
-    mutant(
-        "bytes_read=(rows * linear.in_features + params) * itemsize,",
-        "bytes_read=rows * linear.in_features * itemsize,",
-        "the weights of a projection are not read",
     ),
 )
 

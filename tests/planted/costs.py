@@ -120,6 +120,16 @@ def time_is_declared_linear(m):
 
 
 @defect(
+    "a window said to see the whole sequence in two layers",
+    "window",
+    {"declared_path_is_that_of_the_graph": "layers to cross"},
+    missed=("declared_time_is_the_cost",),
+)
+def path_is_declared_short(m):
+    return broken(m, complexity=replace(type(m).complexity, path="2"))
+
+
+@defect(
     "a cache of every key behind a window, declared as the window",
     "full_causal",
     {"declared_decoding_is_the_cost": r"state grows like L\^1\.000, declared L\^0"},
@@ -155,3 +165,29 @@ def steps_are_declared_as_passes(m):
 def projections_are_not_read(m):
     size = sum(p.numel() for p in m.parameters())
     return misstated(m, lambda cost, basis: replace(cost, bytes_read=cost.bytes_read - 4 * size))
+
+
+@defect(
+    "workspace takes no memory",
+    "window",
+    {"peak_bytes_are_bounded": "bytes at once, declared"},
+    missed=("saved_bytes_are_measured", "largest_intermediate_grows_as_declared"),
+)
+def peak_forgets_the_workspace(m):
+    return misstated(m, lambda cost, basis: replace(cost, peak_bytes=cost.peak_bytes - cost.transient_bytes))
+
+
+@defect(
+    "decoding reads one token's keys, not the cache",
+    "full_causal",
+    {"decoding_traffic_is_the_state_once": "bytes to read, declared"},
+    missed=("declared_traffic_is_every_tensor_once", "state_size_is_declared"),
+)
+def decoding_does_not_read_the_cache(m):
+    cls = type(m)
+
+    def _cost(self, shape, training, phase, basis, backend):
+        cost = cls._cost(self, shape, training, phase, basis, backend)
+        return replace(cost, bytes_read=cost.bytes_read - cost.state_bytes) if phase == "decode" else cost
+
+    return broken(m, _cost=_cost)

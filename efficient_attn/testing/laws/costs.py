@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...complexity import Shape
 from ...mechanisms import LinearMechanism, Mechanism, SoftmaxMechanism
 from ...ops.costs import register_flop_formulas
-from ..counting import count, saved_bytes
+from ..counting import count, peak_bytes, saved_bytes
 from ..sampling import EQUAL, LENGTH, V_HEAD_DIM, head_dim_of, in_dtype, lengths, sample
 from .law import expect, law
 
@@ -149,6 +152,25 @@ def saved_bytes_are_measured(mechanism: Mechanism) -> int:
     return cases
 
 
+@law()
+def peak_bytes_are_bounded(mechanism: Mechanism) -> int:
+    """What is allocated at once, forward and backward, is at most the declared peak, which is at most 4 times that."""
+    cases = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        m = in_dtype(mechanism, dtype)
+        m.backend = m._default_backend()
+        for length in (min(m.max_seq_len or 1024, 1024), LENGTH):
+            for training in (False, True):
+                inputs = sample(m, length, dtype=dtype, grad=training, batch=1, v_head_dim=EQUAL)
+                measured = peak_bytes(m, inputs, [*m.parameters(), *m.buffers()])
+                shape = replace(_shape(m, length, length, dtype, EQUAL), batch=1)
+                declared = m.cost(shape, training=training).peak_bytes
+                what = f"{measured} bytes at once, declared {declared}: length {length}, {dtype}, {training=}"
+                expect(measured <= declared <= 4 * measured, what)
+                cases += 1
+    return cases
+
+
 @law(lambda m: m.max_seq_len is None)
 def largest_intermediate_grows_as_declared(mechanism: Mechanism) -> int:
     """Forward and backward, no tensor grows faster with the length than the declared memory."""
@@ -167,15 +189,57 @@ def largest_intermediate_grows_as_declared(mechanism: Mechanism) -> int:
 
 @law()
 def declared_time_is_the_cost(mechanism: Mechanism) -> int:
-    """The exact count grows with the length as the formula in `complexity` does."""
-    lengths = (1 << 14, 1 << 16)
+    """From 4K to 1M tokens the exact count grows as the formula in `complexity` does, and as its exponent says."""
+    lengths = (1 << 12, 1 << 20)
     if mechanism.max_seq_len is not None:
         lengths = (mechanism.max_seq_len // 2, mechanism.max_seq_len)
     flops = [mechanism.cost(_shape(mechanism, n, n, torch.float32)).flops.forward for n in lengths]
-    grown = math.log(flops[1] / flops[0]) / math.log(lengths[1] / lengths[0])
+    grown = _exponent(flops, lengths)
     declared = mechanism.complexity.degree("time")
     expect(abs(grown - declared) < 0.05, f"FLOPs grow like L^{grown:.3f}, declared L^{declared:g}")
+    formula = _exponent([_evaluated(mechanism, "time", n) for n in lengths], lengths)
+    expect(abs(grown - formula) < 0.05, f"FLOPs grow like L^{grown:.3f}, the formula like L^{formula:.3f}")
+    return 2
+
+
+@law(lambda m: not m.is_causal)
+def declared_path_is_that_of_the_graph(mechanism: Mechanism) -> int:
+    """Information crosses the sequence in as many layers as declared: walks over the matrix's non-zero entries."""
+    declared = mechanism.complexity.expression("path")
+    if declared.is_infinite:
+        return 0
+    m = in_dtype(mechanism, torch.float64)
+    length = LENGTH - 1  # whole blocks and strides: what is left over is no part of the pattern
+    # A feature of zero hides what the next draw shows.
+    drawn = [sample(m, length, batch=1, seed=seed)[:2] for seed in range(8)]
+    step = torch.stack([m.matrix(q, k)[0, 0] != 0 for q, k in drawn]).any(0)
+    step |= torch.eye(length, dtype=torch.bool)
+    reached, layers = step, 1
+    while not reached.all() and layers <= length:
+        reached, layers = (reached.double() @ step.double()) > 0, layers + 1
+    bound = _evaluated(m, "path", length)
+    layers = layers if reached.all() else math.inf
+    expect(
+        layers == bound or bound - 1 <= layers <= math.ceil(bound),
+        f"{layers} layers to cross {length} tokens, declared {bound:g}",
+    )
     return 1
+
+
+def _exponent(values: Sequence[float], lengths: tuple[int, int]) -> float:
+    return math.log(values[1] / values[0]) / math.log(lengths[1] / lengths[0])
+
+
+def _evaluated(mechanism: Mechanism, name: str, length: int) -> float:
+    """A formula with the mechanism's parameters; with 1 for letters that it does not explain."""
+    if all(str(s) in "LEP" or str(s) in mechanism.complexity.symbols for s in _symbols(mechanism, name)):
+        return mechanism.evaluate(name, length, head_dim_of(mechanism))
+    ones = {str(symbol): 1.0 for symbol in _symbols(mechanism, name)}
+    return mechanism.complexity.evaluate(name, {**ones, "L": length})
+
+
+def _symbols(mechanism: Mechanism, name: str) -> set[Any]:
+    return mechanism.complexity.expression(name).free_symbols
 
 
 @law(lambda m: m.is_causal)
@@ -192,6 +256,35 @@ def declared_decoding_is_the_cost(mechanism: Mechanism) -> int:
         declared = mechanism.complexity.degree(name)
         expect(abs(grown - declared) < 0.05, f"{name} grows like L^{grown:.3f}, declared L^{declared:g}")
     return 2
+
+
+@law(lambda m: m.is_causal)
+def decoding_traffic_is_the_state_once(mechanism: Mechanism) -> int:
+    """A step reads the state and its tokens once; it writes its output, and no more of the state than there is."""
+    for tokens in (1, 5):
+        for dtype in (torch.float32, torch.bfloat16):
+            m = in_dtype(mechanism, dtype)
+            q, k, v = sample(m, LENGTH + tokens, dtype=dtype)
+            state = m.init_state(len(k), k.shape[1], k.shape[3], v_head_dim=v.shape[3], dtype=dtype)
+            (q, new_q), (k, new_k), (v, new_v) = (x.split([LENGTH, tokens], 2) for x in (q, k, v))
+            _, state = m.step(q, k, v, state)
+            before, fresh = state.nbytes, sum(x.numel() for x in (new_q, new_k, new_v)) * dtype.itemsize
+            out, state = m.step(new_q, new_k, new_v, state)
+            cost = m.cost(_shape(m, tokens, LENGTH + tokens, dtype), phase="decode")
+            read, grown = before + fresh, state.nbytes - before
+            expect(
+                cost.bytes_read == read,
+                f"{read} bytes to read, declared {cost.bytes_read}: {tokens}, {dtype}",
+            )
+            expect(
+                grown == tokens * cost.kv_bytes_per_token,
+                f"the state grew by {grown}, declared {cost.kv_bytes_per_token} a token: {dtype}",
+            )
+            changed = cost.bytes_written - out.nbytes
+            expect(
+                grown <= changed <= state.nbytes, f"{changed} bytes of the state change: {tokens}, {dtype}"
+            )
+    return 4
 
 
 @law()

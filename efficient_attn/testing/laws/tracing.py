@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from ...mechanisms import Mechanism
 from ..sampling import LENGTH, V_HEAD_DIM, head_dim_of, heads_of, holes, in_dtype, sample
@@ -40,10 +39,12 @@ def runs_on_meta(mechanism: Mechanism) -> int:
 @law()
 def compiles_to_one_graph(mechanism: Mechanism) -> int:
     """torch.compile(fullgraph=True, dynamic=True) serves every length with one graph, masks included."""
+    import torch._dynamo.testing  # here: it takes seconds, and most laws compile nothing
+
     m = in_dtype(mechanism, torch.float64)
     for with_mask in (False, True):
         torch._dynamo.reset()
-        counter = CompileCounter()
+        counter = torch._dynamo.testing.CompileCounter()
         compiled = torch.compile(m, backend=counter, fullgraph=True, dynamic=True)
         for length in (LENGTH, 16, 31, 24):
             inputs = sample(m, length, grad=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from efficient_attn import swap_attention
-from efficient_attn.integrations.huggingface.cache import StateLayer
 from efficient_attn.mechanisms import create_mechanism
 
 from .models import CAUSAL, OTHERS, inputs_of, padded, positions, tokens
@@ -282,33 +281,6 @@ def test_gradient_checkpointing(to: str) -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("family", "to"),
-    [("llama", "full"), ("llama", "linear"), ("llama", "sliding_window"), ("mistral", "performer")],
-)
-def test_compiles_to_one_graph(family: str, to: str) -> None:
-    torch._dynamo.reset()
-    model, ids = CAUSAL[family](), tokens()
-    swapped(model, to)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        assert (
-            compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits - expected
-        ).abs().max() < EXACT
-        cache = model(ids[:, :8], use_cache=True).past_key_values
-        memory = [x.data_ptr() for x in _states(cache)]
-        for i in range(8, 12):
-            logits = compiled(ids[:, i : i + 1], past_key_values=cache).logits
-            assert (logits[:, 0] - expected[:, i]).abs().max() < EXACT
-        assert [x.data_ptr() for x in _states(cache)] == memory, "a captured graph could not be replayed"
-
-
-def _states(cache: Any) -> list[Tensor]:
-    layers = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
-    return [x for layer in layers for x in layer.state.tensors().values()]  # type: ignore[union-attr]
 
 
 def test_a_swapped_model_can_be_copied_and_pickled() -> None:

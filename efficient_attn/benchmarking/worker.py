@@ -37,20 +37,29 @@ class Outcome:
     """Whether the process that measured it should measure nothing more."""
 
 
+def threads_and_device(cell: Cell) -> object:
+    """What a process is set up for."""
+    return cell.threads, cell.device
+
+
 class Worker:
     """Runs `measure` on one cell after another in a child that is replaced when it must be.
 
     Args:
         measure: a function at the top of a module, so that it can be sent to the child.
         timeout: seconds that a cell may take, the import of torch included.
+        shared_by: cells for which it gives the same share a process.
     """
 
-    def __init__(self, measure: Measure, timeout: float) -> None:
+    def __init__(
+        self, measure: Measure, timeout: float, shared_by: Callable[[Cell], object] = threads_and_device
+    ) -> None:
         self.measure = measure
         self.timeout = timeout
+        self.shared_by = shared_by
         self._process: Any = None
         self._connection: Connection | None = None
-        self._started_for: tuple[int, str] | None = None
+        self._started_for: object = None
 
     def __enter__(self) -> Worker:
         return self
@@ -60,7 +69,7 @@ class Worker:
 
     def run(self, cell: Cell) -> Outcome:
         """The outcome of `cell`. Whatever happens to the child is one, too."""
-        if cell.work in ALONE or (cell.threads, cell.device) != self._started_for:
+        if cell.work in ALONE or self.shared_by(cell) != self._started_for:
             self.stop()
         connection = self._connection or self._start(cell)
         try:
@@ -102,7 +111,7 @@ class Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        self._started_for = cell.threads, cell.device
+        self._started_for = self.shared_by(cell)
         return self._connection
 
 

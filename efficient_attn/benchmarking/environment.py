@@ -8,22 +8,31 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-MEASURING = ("efficient_attn", "benchmarks/measure", "benchmarks/peers", "benchmarks/subjects.py")
-"""The sources that decide a number: a change in them makes old records those of another version."""
+"""The folder that holds the package."""
 
-LIBRARIES = (
-    "torch",
-    "numpy",
-    "performer-pytorch",
-    "linformer",
-    "local-attention",
-    "pytorch-fast-transformers",
-)
+
+@dataclass(frozen=True)
+class Origin:
+    """What decides the numbers of one kind of measurement, besides the machine.
+
+    Args:
+        sources: files and folders under ROOT: a change in them makes old records those of another version.
+        without: folders among them that decide none.
+        libraries: those whose versions count.
+    """
+
+    sources: tuple[str, ...] = ("efficient_attn",)
+    without: tuple[str, ...] = ("efficient_attn/cli", "efficient_attn/planning")
+    libraries: tuple[str, ...] = ("torch", "numpy")
+
+
+PACKAGE = Origin()
 GPU_LIBRARIES = ("triton", "xformers", "fla-core")
 FLAGS = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "avx512_vnni"),
@@ -34,22 +43,22 @@ VOLATILE = ("date", "load", "commit", "dirty", "available_bytes", "gpu_now")
 """What may change without making it another environment; of the sources, the digest counts."""
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu", origin: Origin = PACKAGE) -> dict[str, Any]:
     """What a reader of a number measured on `device` wants to know, as JSON."""
     import torch  # here, so that a worker starts without it until a cell needs it
 
     on_gpu = device != "cpu"
-    libraries = LIBRARIES + (GPU_LIBRARIES if on_gpu else ())
+    libraries = origin.libraries + (GPU_LIBRARIES if on_gpu else ())
     return {
         **({"gpu": gpu(), "gpu_now": gpu_now()} if on_gpu else {}),
         **machine(),
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "libraries": {name: version for name in libraries if (version := installed(name))},
-        "sources": sources_digest(),
+        "sources": sources_digest(origin),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None
-        if (changed := _git("status", "--porcelain", "--", *MEASURING)) is None
+        if (changed := _git("status", "--porcelain", "--", *origin.sources)) is None
         else changed != "",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load": _load_average(),
@@ -125,13 +134,15 @@ def installed(library: str) -> str | None:
         return None
 
 
-def sources_digest(root: Path = ROOT, parts: tuple[str, ...] = MEASURING) -> str:
+def sources_digest(origin: Origin = PACKAGE, root: Path = ROOT) -> str:
     """A digest of every Python file that decides a number."""
     digest = hashlib.sha256()
-    for part in parts:
+    without = [root / part for part in origin.without]
+    for part in origin.sources:
         path = root / part
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+            if not any(file.is_relative_to(folder) for folder in without):
+                digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -158,7 +169,8 @@ def _read(path: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    return _output(["git", *arguments])
+    # Installed, the package may lie within somebody else's repository.
+    return _output(["git", *arguments]) if (ROOT / ".git").exists() else None
 
 
 def _output(command: list[str]) -> str | None:

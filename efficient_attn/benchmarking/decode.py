@@ -10,26 +10,24 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import Cell
-from benchmarks.harness.records import OK, WRONG
-from benchmarks.harness.worker import Outcome
-from benchmarks.subjects import subject
-from efficient_attn import Mechanism
-from efficient_attn.state import State
-
+from ..mechanisms import Mechanism
+from ..state import State
+from .cells import Cell
 from .gate import is_wrong
 from .inputs import normal_inputs
 from .instruments import INSTRUMENTS
+from .records import OK, WRONG
 from .timing import EFFORTS, Sampler, interleaved, ratio
+from .worker import Outcome
 
 FILL = 2048
 STEPS = 16
 """Tokens of one sample; the state is put back between samples, outside the clock."""
 
 
-def measure_decode(cell: Cell) -> Outcome:
+def measure_decode(cell: Cell, mechanism: Mechanism) -> Outcome:
     """Seconds of a token at each of the cell's positions, interleaved, and how many times those of the first."""
-    mechanism, positions = subject(cell).to(cell.device), sorted(cell.positions)
+    mechanism, positions = mechanism.to(cell.device), sorted(cell.positions)
     token = normal_inputs(cell, 1, seed=1)
     with torch.no_grad():
         states, found = {}, {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.contender import Contender, Definition
-
+from .contender import Contender, Definition
 from .instruments import INSTRUMENTS
 
 STRIPS, ROWS = 8, 8
@@ -90,3 +90,11 @@ def is_wrong(found: dict[str, float], dtype: torch.dtype) -> bool:
 def _relative(actual: Tensor, exact: Tensor) -> float:
     error = float((actual.detach().double() - exact).norm() / exact.norm().clamp(min=1e-300))
     return error if math.isfinite(error) else math.inf
+
+
+def plain(found: dict[str, float]) -> dict[str, Any]:
+    return {name: error if math.isfinite(error) else None for name, error in found.items()}
+
+
+def said(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} off by {error:.2g}" for name, error in found.items())

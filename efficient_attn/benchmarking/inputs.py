@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import Cell
+from .cells import Cell
 
 
 def normal_inputs(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.worker import Unsupported
+from .worker import Unsupported
 
 
 def peak_allocated(work: Callable[[], object]) -> int:

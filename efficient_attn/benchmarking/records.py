@@ -14,7 +14,9 @@ from .cells import Cell
 Record = dict[str, Any]
 
 OK, WRONG, OOM, TIMEOUT, UNSUPPORTED, ERROR = "ok", "wrong", "oom", "timeout", "unsupported", "error"
-STATUSES = (OK, WRONG, OOM, TIMEOUT, UNSUPPORTED, ERROR)
+UNSTABLE = "unstable"
+"""Measured, but the samples lie too far apart for the number to be believed."""
+STATUSES = (OK, WRONG, OOM, TIMEOUT, UNSUPPORTED, ERROR, UNSTABLE)
 FIELDS = {
     "key": str,
     "cell": dict,

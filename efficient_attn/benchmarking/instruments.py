@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from benchmarks.harness.environment import available_bytes
-from benchmarks.harness.worker import Unsupported
-from efficient_attn.testing.sampling import poisoned_allocations
-
+from ..testing.sampling import poisoned_allocations
 from . import cuda
 from .allocations import peak_allocated
-from .timing import Clock, Work, wall_clock
+from .cells import Cell
+from .environment import available_bytes
+from .timing import EFFORTS, Clock, Work, interleaved, wall_clock, warmed_up
+from .worker import Unsupported
 
 
 def _done() -> None:
@@ -66,3 +66,13 @@ INSTRUMENTS: Mapping[str, Instruments] = {
     ),
 }
 """By the type of device: one that returns before it is done needs another clock."""
+
+
+def times_of(cell: Cell, works: Mapping[str, Work]) -> dict[str, list[float]]:
+    """Seconds of each work, warmed up and then in turns, as often as the cell's effort says."""
+    samplers, seconds_a_round, effort = {}, 0.0, EFFORTS[cell.effort]
+    for name, work in works.items():
+        samplers[name], seconds = warmed_up(work, INSTRUMENTS[cell.device].clock, effort.warm_up)
+        seconds_a_round += seconds
+    samples = interleaved(samplers, effort.rounds(seconds_a_round))
+    return {name: [float(f"{s:.5g}") for s in each] for name, each in samples.items()}
