@@ -20,6 +20,9 @@ _HIDDEN_BYTES = 36
 OFFSET_BYTES = 8
 """The position of the first query, which operators take as a tensor."""
 
+FUSED_SCRATCH_BYTES = 5 << 18
+"""What a thread of torch's fused CPU kernel holds at most: scores and their gradients, of 256 rows and 512 keys."""
+
 SAMPLED = 4096
 """Positions whose tiles stand for those of longer sequences."""
 
@@ -36,7 +39,10 @@ def _gradient_bytes(shape: Shape) -> int:
 
 
 def sdpa_workspace(shape: Shape, training: bool) -> int:
-    """torch's fused kernels: a log-sum of each row; backward the gradients, those of q once more in full precision."""
+    """torch's fused kernels: a log-sum of each row; backward the gradients, those of q once more in full precision.
+
+    On a CPU each of its threads also holds the scores of a block, up to `FUSED_SCRATCH_BYTES`, which is not in here.
+    """
     rows = shape.batch * shape.num_heads * shape.q_len * _width(shape)
     return rows + (shape.input_bytes + shape.q_numel * _width(shape)) * training
 
