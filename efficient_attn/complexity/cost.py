@@ -110,8 +110,8 @@ class Cost:
         params: learnt numbers.
         saved_bytes: kept from the forward pass for the backward pass, inputs included; 0 unless training.
             Exact for the backends that "auto" takes, an estimate for "reference".
-        peak_bytes: a bound on what is allocated at once: output, saved (inputs excepted), workspace; but for the scratch
-            of torch's fused CPU kernel, up to 1.25 MiB for each thread.
+        peak_bytes: a bound on what is allocated at once: output, saved (inputs excepted), workspace; but for the
+            scratch of torch's fused CPU kernel, up to 1.25 MiB for each thread.
         transient_bytes: that part of it which is gone when the pass returns: workspace, and when training the
             gradients of the inputs, which the next call of the backward pass consumes.
         state_bytes: of the decode state after `kv_len` tokens, none of them masked; 0 if the mechanism cannot decode.
