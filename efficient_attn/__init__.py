@@ -4,7 +4,8 @@ from . import masks, planning
 from .backends import BackendError
 from .complexity import Complexity, Cost, Shape, count_flops
 from .integrations.approximation import ApproximationReport, measure_approximation
-from .integrations.swap import SwapError, SwapReport, load_swapped, swap_attention
+from .integrations.loading import load_swapped
+from .integrations.swap import SwapError, SwapReport, swap_attention
 from .integrations.torch_mha import MultiheadAttention
 from .integrations.transfer import TransferReport, transfer_attention
 from .layers import Attention

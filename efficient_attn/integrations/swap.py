@@ -8,7 +8,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -80,23 +79,6 @@ def swap_attention(
     for note in sorted({note for row in report.swapped for note in row.notes}):
         warnings.warn(note, stacklevel=2)
     return report
-
-
-def load_swapped(path: str | Path, model_class: Any = None, **kwargs: Any) -> Any:
-    """A swapped transformers model from what `save_pretrained` wrote, with the swap and its learnt parts.
-
-    `from_pretrained` alone gives the model as it was before the swap, and warns of the keys that it does not know.
-
-    Args:
-        path: a directory, or the name of a model on the hub.
-        model_class: of the model; the one that the config names, by default.
-        kwargs: for `from_pretrained`.
-    Raises:
-        SwapError: if the model was saved without a swap, or its swap cannot be made again.
-    """
-    from .huggingface.saving import load
-
-    return load(str(path), model_class, **kwargs)
 
 
 def _adapters() -> Iterator[Adapter]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import NAME, attend_swapped
-from .masks import key_mask
+from .masks import mask
 from .named import register, register_defaults
 
 AttentionInterface.register(NAME, attend_swapped)
-AttentionMaskInterface.register(NAME, key_mask)
+AttentionMaskInterface.register(NAME, mask)
 register_defaults()
 
 __all__ = ["register"]

@@ -27,7 +27,21 @@ class UnknownPattern(ValueError):
     """A model asks for a mask that no mechanism can honour."""
 
 
-def key_mask(
+def mask(*, config: Any = None, **given: Any) -> Tensor | None:
+    """What transformers calls to make a mask: `flat_mask`, unless the config says that all its layers attend fully."""
+    return dense_or_flat_mask(**given) if getattr(config, DENSE, False) else flat_mask(**given)
+
+
+def dense_or_flat_mask(*, config: Any = None, **given: Any) -> Tensor | None:
+    """As `flat_mask`, but dense for a pattern that it does not know: for full attention, which takes any."""
+    try:
+        return flat_mask(**given)
+    except UnknownPattern:
+        whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return masking_utils.sdpa_mask(**{**given, **whole})
+
+
+def flat_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -36,13 +50,9 @@ def key_mask(
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
-    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What transformers calls to make a mask: two-dimensional, however long the sequence.
-
-    Only a pattern that no mechanism knows gets a dense mask, and only if the config says that its layers all have full
-    attention, which takes one.
+    """A mask of two dimensions, however long the sequence.
 
     Returns:
         None if every key up to the last query may be attended to and there are no others; (B, keys) bool, True =
@@ -51,23 +61,10 @@ def key_mask(
     Raises:
         UnknownPattern: for one that is neither causal, bidirectional, a causal window nor packed documents.
     """
-    if getattr(config, DENSE, False):
-        return dense_or_key_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            device,
-            **kwargs,
-        )
     if torch.compiler.is_compiling():
         packed = attention_mask is None and q_length == kv_length
-        segments = _traced_segments(
-            mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device, packed
-        )
+        pairs = batch_size, q_length, kv_length, q_offset, kv_offset
+        segments = _traced_segments(mask_function, *pairs, device, packed)
     else:
         segments = _read(mask_function)
     if segments is not None:
@@ -85,35 +82,6 @@ def key_mask(
     if end == kv_offset + kv_length and not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     return mask
-
-
-def dense_or_key_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    config: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """As `key_mask`, but dense for a pattern that it does not know: for full attention, which takes any."""
-    given: tuple[Any, ...] = (
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-    )
-    try:
-        return key_mask(*given, device=device)
-    except UnknownPattern:
-        every = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return masking_utils.sdpa_mask(*given, device=device, **{**kwargs, **every})
 
 
 def _padded(

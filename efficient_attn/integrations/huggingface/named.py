@@ -14,7 +14,7 @@ from ...mechanisms import MECHANISMS, FullAttention, SlidingWindowAttention, cre
 from ...mechanisms.base import Mechanism
 from ..sites import build
 from .attention import NAME, attend
-from .masks import dense_or_key_mask, key_mask
+from .masks import dense_or_flat_mask, flat_mask
 from .sites import listen, refuse, site_of
 
 TAKEN = ("flash", "sdpa", "flex_attention", "/", "|")
@@ -51,7 +51,7 @@ def register(mechanism: str, name: str | None = None, **options: Any) -> str:
             f"name must contain none of {', '.join(TAKEN)}, which transformers reads, got {full!r}"
         )
     AttentionInterface.register(full, functools.partial(_attention, full, mechanism, options))
-    AttentionMaskInterface.register(full, key_mask if mechanism != "full" else dense_or_key_mask)
+    AttentionMaskInterface.register(full, dense_or_flat_mask if mechanism == "full" else flat_mask)
     return full
 
 

@@ -1,4 +1,4 @@
-"""A swap in a model's config, so that it is saved with the model, and the loader that makes it again."""
+"""A swap in a model's config, so that it is saved with the model, and what a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -94,33 +94,38 @@ def rebuild(path: str, described: dict[str, Any]) -> Mechanism:
         raise SwapError(f"{path} cannot be made {name} with {arguments} again: {error}") from error
 
 
-def load(path: str, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """As `load_swapped`."""
-    from ..swap import swap_attention  # it imports the adapters, of which this is one
+def load(path: str, model_class: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Mechanism]]:
+    """The model of a checkpoint before its swap, and the mechanism of each path that was swapped.
 
-    where = {name: kwargs[name] for name in WHERE if name in kwargs}
-    config = AutoConfig.from_pretrained(path, **where)
+    Raises:
+        SwapError: as `load_swapped` does.
+    """
+    config = AutoConfig.from_pretrained(path, **_where(kwargs))
     described: dict[str, Any] = getattr(config, KEY, None) or {}
     if not described:
         raise SwapError(f"{path} holds no swapped model: its config has no {KEY!r}")
+    mechanisms = {name: rebuild(name, one) for name, one in described.items()}
     if model_class is None:
         model_class = getattr(transformers, (config.architectures or ["?"])[0])
     model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     delattr(model.config, KEY)
-    mechanisms = {name: rebuild(name, one) for name, one in described.items()}
-    swap_attention(model, lambda site: mechanisms.get(site.path), layers=list(mechanisms))
-    _load_mechanisms(_tensors(path, where, f".{KEY}."), mechanisms)
     strange = [key for key in info["unexpected_keys"] if f".{KEY}." not in key]
     if strange or info["missing_keys"]:
         raise SwapError(f"{path}: unexpected {strange}, missing {sorted(info['missing_keys'])}")
-    return model
+    return model, mechanisms
 
 
-def _load_mechanisms(saved: dict[str, Tensor], mechanisms: dict[str, Mechanism]) -> None:
+def load_mechanisms(path: str, mechanisms: dict[str, Mechanism], kwargs: dict[str, Any]) -> None:
+    """Load into each mechanism what the checkpoint holds of it: its parameters and buffers."""
+    saved = _tensors(path, _where(kwargs), f".{KEY}.")
     for name, mechanism in mechanisms.items():
         prefix = f"{name}.{KEY}."
         own = {key.removeprefix(prefix): x for key, x in saved.items() if key.startswith(prefix)}
         mechanism.load_state_dict(own)
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in WHERE if name in kwargs}
 
 
 def _tensors(path: str, where: dict[str, Any], wanted: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers import masking_utils
 from efficient_attn import swap_attention
 from efficient_attn.integrations.huggingface import register
 from efficient_attn.integrations.huggingface.cache import StateLayer
-from efficient_attn.integrations.huggingface.masks import key_mask
+from efficient_attn.integrations.huggingface.masks import flat_mask
 
 from .models import CAUSAL, padded, tokens
 from .test_generation import swapped
@@ -99,7 +99,7 @@ def test_compiling_does_not_lose_a_pattern() -> None:
     for pattern in (blocks, chunks, both_ways):
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda mask, pattern=pattern: key_mask(2, 12, 12, mask_function=pattern(), attention_mask=mask),
+            lambda mask, pattern=pattern: flat_mask(2, 12, 12, mask_function=pattern(), attention_mask=mask),
             backend="eager",
         )
         with pytest.raises(
@@ -108,7 +108,7 @@ def test_compiling_does_not_lose_a_pattern() -> None:
             compiled(torch.ones(2, 12, dtype=torch.bool))
     torch._dynamo.reset()
     window = torch.compile(
-        lambda mask: key_mask(
+        lambda mask: flat_mask(
             2, 12, 12, mask_function=masking_utils.sliding_window_causal_mask_function(4), attention_mask=mask
         ),
         backend="eager",

@@ -128,7 +128,7 @@ def test_packed_documents_in_a_cache() -> None:
 def test_a_pattern_of_the_models_own() -> None:
     from transformers import masking_utils
 
-    from efficient_attn.integrations.huggingface.masks import key_mask
+    from efficient_attn.integrations.huggingface.masks import flat_mask
 
     chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64))
     blocks = masking_utils.or_masks(
@@ -137,7 +137,7 @@ def test_a_pattern_of_the_models_own() -> None:
     bidirectional = masking_utils.sliding_window_bidirectional_mask_function(4)
     for pattern in (chunked, blocks, bidirectional):
         with pytest.raises(ValueError, match="this model's attention pattern would be lost"):
-            key_mask(2, 12, 12, mask_function=pattern)
+            flat_mask(2, 12, 12, mask_function=pattern)
 
 
 def test_a_layer_called_as_cross_attention() -> None:
