@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -58,6 +58,7 @@ class Site:
         return type(self.module).__name__ + window
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """What `swap_attention` asks of a library's adapter."""
 
