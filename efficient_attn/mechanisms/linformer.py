@@ -45,6 +45,7 @@ class LinformerAttention(Mechanism):
     supports_segments = False
     rows_sum_to_one = False
     anchored = True
+    largest_input = 1000.0  # as in FullAttention, by the same fused kernels
     complexity = Complexity(
         time="L*k*E",
         memory="L*E+k*E",
