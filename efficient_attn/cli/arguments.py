@@ -32,7 +32,7 @@ def blamed(what: str = "") -> Iterator[None]:
     """Inside, what the library refuses is what the caller got wrong."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, RuntimeError) as error:
         raise CommandError(f"{what}: {error}" if what else str(error)) from error
 
 

@@ -182,7 +182,11 @@ def opened(path: Path) -> Records:
     checked_out(path)
     records = Records(path)
     found, complaints = records.read()
-    torn = len(complaints) == 1 and path.read_bytes()[:1] == b"{"
+    # An interruption leaves half a record: what begins an object, and ends neither that nor its line.
+    content = path.read_bytes() if complaints else b""
+    torn = (
+        len(complaints) == 1 and "not JSON" in complaints[0] and content[:1] == b"{" and content[-1:] != b"\n"
+    )
     if complaints and not found and not torn:
         raise CommandError(f"{path} holds no records, and is left as it is: {complaints[0]}")
     return records

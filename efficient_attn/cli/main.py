@@ -39,10 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"efficient-attn: error: {error}", file=sys.stderr)
         return 2
+    except (OverflowError, MemoryError) as error:
+        print(f"efficient-attn: error: too large: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # Whoever read the output, such as `head`, has seen enough. Nothing may be flushed into the pipe any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"efficient-attn: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("efficient-attn: stopped", file=sys.stderr)
         return 130

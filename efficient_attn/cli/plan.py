@@ -133,6 +133,7 @@ def limit_of(candidate: Candidate, options: argparse.Namespace) -> LengthLimit:
         batch=options.batch,
         training=options.training,
         checkpointing=candidate.checkpointing,
+        phase="decode" if options.decode else "prefill",
         usable=options.usable,
         at_most=MOST,
     )

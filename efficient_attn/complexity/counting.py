@@ -21,7 +21,7 @@ FORMULAS: dict[str, Callable[..., int]] = {}
 
 # What multiplies matrices in torch, by the words of the operator's name; and what has such a word and does not.
 _MULTIPLIES = re.compile(
-    r"mm$|mm_|attention|conv(?!ert)|linear(?!1d)|mv_?$|dot|^addr|rnn|lstm|gru|matmul|cdist|transformer|(^|_)lu_|"
+    r"mm$|mm_|attention|conv(?!ert)|linear(?!1d)|mv_?$|dot|^addr|rnn|lstm|gru|matmul|cdist|euclidean_dist|geqrf|transformer|(^|_)lu_|"
     r"linalg|cholesky|solve|svd|qr$|inverse|fft|semi_structured|pinv|hspmm|smm|matrix_(exp|power)"
 )
 _DOES_NOT = re.compile(

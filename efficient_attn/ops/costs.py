@@ -203,7 +203,9 @@ def linear_cost(
         saved = (
             _features_saved(phi, is_causal, shape) * width + rows
         )  # a byte a row says which rows are empty
-    workspace = scan_workspace(phi, is_causal, shape, training)
+    # A step holds the new tokens, and the state before and after them.
+    held = replace(shape, kv_len=shape.q_len) if phase == "decode" else shape
+    workspace = scan_workspace(phi, is_causal, held, training)
     kept = saved - shape.input_bytes if training else shape.output_bytes
     return Cost(
         flops,

@@ -52,7 +52,10 @@ class Device:
                 raise TypeError(f"{name} must be a str, got {getattr(self, name)!r}")
         for name in ("flops_per_second", "bytes_per_second", "memory_bytes"):
             check_positive(name, getattr(self, name))
-        for name, rate in self.mechanism_flops_per_second.items():
+        rates = self.mechanism_flops_per_second
+        if not isinstance(rates, Mapping):
+            raise TypeError(f"mechanism_flops_per_second must be a mapping, got {rates!r}")
+        for name, rate in rates.items():
             check_positive(f"mechanism_flops_per_second[{name!r}]", rate)
         check_choice("type", self.type, TYPES)
         check_choice("kind", self.kind, KINDS)

@@ -39,6 +39,7 @@ def max_seq_len(
     training: bool = False,
     checkpointing: bool = False,
     optimizer: str = "adamw",
+    phase: str = "prefill",
     usable: float = 1.0,
     at_most: int = 2**24,
 ) -> LengthLimit:
@@ -48,7 +49,7 @@ def max_seq_len(
         model: a description, or an `Attention` layer, alone.
         device: a Device, or bytes of memory; bytes are planned with the backends of "cuda".
         batch: sequences at once.
-        training, checkpointing, optimizer: as for `model_cost`.
+        training, checkpointing, optimizer, phase: as for `model_cost`; to "decode" is one more token after so many.
         usable: the part of memory that may be filled: allocators, libraries and other programs take the rest.
         at_most: where the search ends, in tokens.
     Raises:
@@ -64,13 +65,13 @@ def max_seq_len(
     def needs(length: int) -> MemoryNeeds:
         return model_cost(
             described, batch, length, training=training, checkpointing=checkpointing, optimizer=optimizer,
-            device_type=device_type,
+            phase=phase, device_type=device_type,
         ).memory  # fmt: skip
 
     limit = min([at_most, *_longest_taken(described)])
     length = _largest(lambda n: needs(n).total <= budget, limit)
     if length == 0:
-        return LengthLimit(0, needs(1).largest, needs(0), budget)
+        return LengthLimit(0, needs(1).largest, needs(0 if phase == "prefill" else 1), budget)
     memory = needs(length)
     if length == limit:
         return LengthLimit(length, "at_most" if limit == at_most else "mechanism", memory, budget)

@@ -69,8 +69,11 @@ def page_of(data: Data, *, title: str = "Efficient attention, measured and count
 
 
 def write_page(data: Data, path: Path, **options: str) -> None:
-    """Write the page to `path`, whole or not at all."""
-    text = page_of(data, **options)
+    """Write the page to `path`, or to what it links to: whole or not at all, but for a device."""
+    text, path = page_of(data, **options), path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
