@@ -225,16 +225,14 @@ def _redirect(model: nn.Module, swapped: list[nn.Module]) -> list[Undo]:
             continue
         shared = copy.copy(config)
         undos += [_give(module, shared) for module in modules]
-        undos.append(functools.partial(_hand_back, shared, config))
-        owners = [module for module in modules if isinstance(module, PreTrainedModel)] or modules
-        for owner in reversed(owners):  # from the inside out
+        undos.append(functools.partial(_hand_back, shared, dict(vars(shared)), config))
+        for owner in modules:  # from the outside in
             inner = [module for module in owner.modules() if getattr(module, "config", None) is shared]
             readers = [module for module in inner if _uses_interface(module)]
-            ours = [module for module in readers if module in swapped]
-            renamed = _renamed(shared, ours)
-            undos += [
-                _give(module, renamed) for module in (inner if len(ours) == len(readers) else ours) if ours
-            ]
+            if readers and all(module in swapped for module in readers):
+                renamed = _renamed(shared, readers)
+                undos += [_give(module, renamed) for module in inner]
+                undos.append(functools.partial(_hand_back, renamed, dict(vars(renamed)), shared))
     return undos
 
 
@@ -265,10 +263,12 @@ def _give(module: Any, config: Any) -> Undo:
     return undo
 
 
-def _hand_back(copied: Any, config: Any) -> None:
-    """Into the config that was copied, what has changed in the copy."""
+def _hand_back(copied: Any, before: dict[str, Any], config: Any) -> None:
+    """Into the config that was copied, what has changed in the copy since it was as `before`."""
     kept = ("_attn_implementation_internal", KEY, DENSE)
-    vars(config).update({name: value for name, value in vars(copied).items() if name not in kept})
+    for name, value in vars(copied).items():
+        if name not in kept and (name not in before or value is not before[name]):
+            setattr(config, name, value)
 
 
 def tell(
