@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def peak_allocated(work: Callable[[], object]) -> int:
 @contextmanager
 def _quiet_profiler() -> Iterator[None]:
     """Some builds of Kineto write 'USDT:' lines straight to file descriptor 2."""
+    sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as caught:
         os.dup2(caught.fileno(), 2)

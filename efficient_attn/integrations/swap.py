@@ -73,9 +73,13 @@ def swap_attention(
     if dry_run:
         return report
     _check(report, model, wanted)
-    for adapter, chosen in plans:
-        if chosen:
-            report.undo.append(adapter.install(model, chosen))
+    try:
+        for adapter, chosen in plans:
+            if chosen:
+                report.undo.append(adapter.install(model, chosen))
+    except BaseException:
+        report.restore()
+        raise
     for note in sorted({note for row in report.swapped for note in row.notes}):
         warnings.warn(note, stacklevel=2)
     return report
@@ -123,9 +127,14 @@ def _notes(site: Site, mechanism: Mechanism | None) -> Iterator[str]:
     name = type(mechanism).__name__
     if site.dropout and mechanism is not None and mechanism.dropout_p is None:
         yield f"attention dropout of {site.dropout} is left out: {name} has no weights to drop"
-    within = isinstance(mechanism, FullAttention | SlidingWindowAttention)
-    if site.window is not None and not within:
+    if site.window is not None and not _is_within(mechanism, site.window):
         yield f"the model's own window of {site.window} no longer bounds what {name} sees"
+
+
+def _is_within(mechanism: Mechanism | None, window: int) -> bool:
+    if isinstance(mechanism, SlidingWindowAttention):
+        return mechanism.window_size <= window and not mechanism.num_sinks
+    return isinstance(mechanism, FullAttention)
 
 
 def _is_wanted(path: str, layer: int | None, wanted: list[int | str] | None) -> bool:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from efficient_attn import Attention, Mechanism, Shape
+from efficient_attn.benchmarking.allocations import peak_allocated
+from efficient_attn.benchmarking.worker import Unsupported
 
 from . import DemoError
 from .model import Rotary, Settings, build_model, make_mechanism
@@ -30,16 +27,10 @@ def allocated_peak(work: Callable[[], object]) -> int:
     From the CPU allocator's own records: every allocation counts, those inside an operator too; what was held
     before does not, which is why this tells mechanisms apart and the process's resident size would not.
     """
-    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
-        work()
-    results = records.profiler.kineto_results if records.profiler is not None else None
-    if results is None:
-        raise DemoError("peak memory cannot be measured: this torch was built without Kineto")
-    held = peak = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]: missing from the stub
-        peak = max(peak, held)
-    return peak
+    try:
+        return peak_allocated(work)
+    except Unsupported as error:
+        raise DemoError(f"peak memory cannot be measured: {error}") from error
 
 
 def training_step_peak(name: str, settings: Settings) -> int:
@@ -136,21 +127,3 @@ def _stepped_state_bytes(mechanism: Mechanism, settings: Settings, length: int) 
             q, k, v = torch.randn(3, 1, settings.num_heads, size, settings.head_dim)
             _, state = mechanism.step(q, k, v, state)
     return state.nbytes
-
-
-@contextmanager
-def _quiet_profiler() -> Iterator[None]:
-    """Some builds of Kineto write 'USDT:' lines straight to file descriptor 2, across the progress bar."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            caught.seek(0)
-            for line in caught:
-                if not line.startswith(b"USDT:"):
-                    os.write(2, line)

@@ -255,3 +255,20 @@ def test_cross_attention_that_has_another_name() -> None:
     other = nn.ModuleDict({"perceive": nn.MultiheadAttention(EMBED, HEADS, batch_first=True)})
     swap_attention(other, "linear")
     assert other["perceive"](latents, data, data, need_weights=False)[0].shape == latents.shape
+
+
+def test_a_swap_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficient_attn.integrations import swap, torch_modules
+
+    class Failing:
+        find, refuse = staticmethod(torch_modules.find), staticmethod(torch_modules.refuse)
+
+        @staticmethod
+        def install(model: nn.Module, chosen: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    model, modules = encoder(), [type(m) for m in encoder().modules()]
+    monkeypatch.setattr(swap, "_adapters", lambda: [torch_modules, Failing])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        swap_attention(model, "linear")
+    assert [type(m) for m in model.modules()] == modules

@@ -39,8 +39,10 @@ def examples(seq_len: int, num_heads: int, head_dim: int) -> Iterator[tuple[str,
                 yield f"{name}{number}", example
 
 
-def each(seq_len: int, num_heads: int, head_dim: int) -> Any:
-    cases = [pytest.param(m, id=label) for label, m in examples(seq_len, num_heads, head_dim)]
+def each(
+    seq_len: int, num_heads: int, head_dim: int, wanted: Callable[[Mechanism], bool] = lambda m: True
+) -> Any:
+    cases = [pytest.param(m, id=label) for label, m in examples(seq_len, num_heads, head_dim) if wanted(m)]
     return pytest.mark.parametrize("mechanism", cases)
 
 
@@ -64,11 +66,16 @@ def must_be_chosen(m: Mechanism, inputs: list[Tensor], **masks: Any) -> None:
     assert f"{KERNEL}: chosen" in said, said
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-@each(LENGTH, HEADS, HEAD_DIM)
+@pytest.mark.parametrize(
+    ("mechanism", "law"),
+    [
+        pytest.param(m, law, id=f"{label}-{law.name}")
+        for label, m in examples(LENGTH, HEADS, HEAD_DIM)
+        for law in LAWS.values()
+        if law.applies(m)
+    ],
+)
 def test_laws(law: Any, mechanism: Mechanism, record_property: Any) -> None:
-    if not law.applies(mechanism):
-        return
     record_property("laws", {f"{law.name}_on_a_gpu": law.run(mechanism)})
 
 
@@ -191,10 +198,8 @@ def test_bits_repeat(mechanism: Mechanism, dtype: torch.dtype) -> None:
         expect_identical(x[1:], x[:1].expand_as(x[1:]), f"{name} of equal rows, {dtype}")
 
 
-@each(2048, 4, 64)
+@each(2048, 4, 64, lambda m: m.is_causal)
 def test_the_past_is_bit_identical(mechanism: Mechanism) -> None:
-    if not mechanism.is_causal:
-        return
     for dtype in (torch.float32, *HALF):
         m = on_the_kernel(mechanism, dtype)
         inputs = random_inputs(2048, 64, dtype)

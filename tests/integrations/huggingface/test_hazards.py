@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from efficient_attn import LinearAttention, SwapError, load_swapped, swap_attention
+from efficient_attn import LinearAttention, SlidingWindowAttention, SwapError, load_swapped, swap_attention
 
 from .models import CAUSAL, GROUPED, HEADS, SIZES, SPECIAL, _built, bert, padded, tokens
 from .test_generation import error, generated, recomputed
@@ -334,3 +334,11 @@ def test_bert_as_a_decoder_with_cross_attention() -> None:
         a, b = (m(tokens(), encoder_hidden_states=other, use_cache=False).logits for m in (model, stock))
     assert (a - b).abs().max() < EXACT
     assert bert().config.is_decoder is False
+
+
+def test_a_window_made_by_hand_that_is_wider_than_the_models() -> None:
+    wide = SlidingWindowAttention(50, is_causal=True)
+    with pytest.warns(
+        UserWarning, match="the model's own window of 6 no longer bounds what SlidingWindowAttention"
+    ):
+        swap_attention(CAUSAL["mistral"](), lambda site: wide)
